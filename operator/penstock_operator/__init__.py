@@ -1,0 +1,1 @@
+"""The control plane: one manifest in, objects and honest conditions out."""

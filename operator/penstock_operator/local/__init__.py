@@ -1,0 +1,1 @@
+"""The rendered objects run as processes on one machine."""

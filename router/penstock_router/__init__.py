@@ -1,0 +1,1 @@
+"""The router: the OpenAI API in front of the workers, and the choice among them."""

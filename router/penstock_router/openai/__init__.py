@@ -1,0 +1,1 @@
+"""The OpenAI API: schemas, chat templates, incremental text and streaming."""

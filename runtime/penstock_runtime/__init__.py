@@ -1,0 +1,1 @@
+"""The runtime: prefill pipelines and decode workers."""

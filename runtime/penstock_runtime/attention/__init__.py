@@ -1,0 +1,1 @@
+"""Attention over paged KV: the interface, then one backend a file."""

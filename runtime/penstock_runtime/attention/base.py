@@ -1,0 +1,59 @@
+"""The attention interface: queries of a mixed batch over paged KV.
+
+Shape letters: T tokens of the batch, N query heads, K KV heads, H head dim, S page size.
+
+A batch is a run of *segments*, one a sequence: a prefill chunk has many tokens, a decode step one.
+A backend is asked twice: `plan` once a forward pass (everything that does not depend on the layer),
+then `run` once a layer. KV of the batch's own tokens is written before attention reads it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+PlanT = TypeVar("PlanT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Consecutive tokens of one sequence in a batch.
+
+    The batch's rows of this segment follow those of the segment before it. Its tokens have
+    positions [start, start + length); KV of [0, start) is in `pages` already.
+    """
+
+    start: int
+    length: int
+    pages: Sequence[int]
+    """Pages of the sequence in order; at least ceil((start + length) / page_size) of them."""
+
+
+class AttentionBackend(ABC, Generic[PlanT]):
+    """Causal attention over the pages of one worker's pool. One thread at a time."""
+
+    @abstractmethod
+    def plan(self, segments: Sequence[Segment], page_size: int, device: torch.device) -> PlanT:
+        """Prepare what all layers share: page tables, slots to write, masks."""
+
+    @abstractmethod
+    def run(
+        self,
+        plan: PlanT,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        kv_layer: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Write k and v into the layer's pages, then return attention's output, (T, N, H).
+
+        `kv_layer` is the pool's view of one layer, (pages, 2, K, S, H), not contiguous. A query at
+        position p sees the keys at positions [0, p] of its own sequence.
+        """

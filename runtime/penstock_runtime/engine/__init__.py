@@ -1,0 +1,1 @@
+"""The step loops of a prefill stage and of a decode worker."""

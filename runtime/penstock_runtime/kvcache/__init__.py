@@ -1,0 +1,1 @@
+"""The KV cache: layout, page pool, prefix cache."""

@@ -1,0 +1,1 @@
+"""Architectures, shared layers and weights."""

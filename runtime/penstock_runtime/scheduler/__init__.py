@@ -1,0 +1,1 @@
+"""Pure scheduling: cost model, chunk plans, batches. No torch, no I/O."""

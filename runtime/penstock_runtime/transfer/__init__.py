@@ -1,0 +1,1 @@
+"""Moving bytes between workers, and who owns them meanwhile."""

@@ -1,0 +1,1 @@
+"""The worker process: launch, control server, health and metrics."""
