@@ -1,0 +1,448 @@
+"""Control links: ZMQ ROUTER/DEALER under CURVE, with Hello, heartbeats and honest states.
+
+A worker binds one `ControlServer`; whoever wants something of it connects a `ControlClient`. Both
+sides send a Heartbeat every `heartbeat_seconds` and call the other lost after `lease_seconds` of
+silence, or at once when the connection breaks. A server that restarted does not know its clients:
+it answers Unknown, and the client says Hello again, to what is now a new peer (another boot_id).
+
+One event loop's thread owns all of it. Sending never blocks: a message that cannot be queued means
+that the peer has not read for long, and the link is called lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, TypeAlias
+
+import zmq
+import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.utils.monitor import parse_monitor_message
+
+from penstock_wire import messages
+from penstock_wire.messages import Control, Heartbeat, Hello, Message, Unknown, WireError
+from penstock_wire.names import Resolver, UnresolvedName, split_address
+
+if TYPE_CHECKING:
+    from penstock_wire.keys import Keys
+
+log = logging.getLogger(__name__)
+
+
+class LinkDown(Exception):  # noqa: N818 - it names the state
+    """The peer is not there: a message cannot be sent."""
+
+
+class LinkState(Enum):
+    """What is known of a peer."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkSettings:
+    """Times in seconds, sizes in messages.
+
+    The lease is a few heartbeats: short enough to notice a stopped process within seconds, long
+    enough that a busy machine is not mistaken for a dead one. A mistake costs a recomputed prompt,
+    never a wrong answer.
+    """
+
+    heartbeat_seconds: float = 0.5
+    lease_seconds: float = 4.0
+    queue_messages: int = 20_000
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client of a ControlServer, from its Hello until it is lost."""
+
+    hello: Hello
+    state: LinkState
+    last_heard: float
+    _server: ControlServer
+    _identity: bytes
+
+    def send(self, message: Message) -> None:
+        """Queue a message for the client. Raises LinkDown if the client is lost."""
+        if self.state is LinkState.LOST:
+            raise LinkDown(f"{self.hello.name} ({self.hello.boot_id}) is lost")
+        self._server._post(self._identity, messages.encode(message))  # noqa: SLF001 - one file
+
+
+OnSessionMessage: TypeAlias = Callable[[Session, Control], None]
+OnSessionLost: TypeAlias = Callable[[Session], None]
+
+
+class ControlServer:
+    """The bound end of control links.
+
+    Args:
+        bind: host:port, of an address of this machine.
+        hello: called for the answer to a client's Hello (its content may change as a worker loads).
+        keys: the service's key pair; clients without it are refused.
+        state: called for the state that heartbeats carry.
+        on_message: every message but Hello and Heartbeat, from known clients only.
+        on_join: a client said Hello.
+        on_lost: a client is gone; its session sends no more.
+    """
+
+    def __init__(
+        self,
+        bind: str,
+        *,
+        hello: Callable[[], Hello],
+        keys: Keys,
+        on_message: OnSessionMessage,
+        on_join: OnSessionLost,
+        on_lost: OnSessionLost,
+        state: Callable[[], str] = lambda: "ready",
+        settings: LinkSettings | None = None,
+    ) -> None:
+        self._bind = bind
+        self._hello = hello
+        self._keys = keys
+        self._state = state
+        self._on_message = on_message
+        self._on_join = on_join
+        self._on_lost = on_lost
+        self._settings = settings or LinkSettings()
+        self._sessions: dict[bytes, Session] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The clients that are there now."""
+        return list(self._sessions.values())
+
+    async def start(self) -> None:
+        """Bind and serve. Raises OSError if the address cannot be bound."""
+        host, port = split_address(self._bind)
+        self._context = zmq.asyncio.Context()
+        self._auth = AsyncioAuthenticator(self._context)
+        self._auth.start()
+        self._auth.configure_curve_callback(domain="penstock", credentials_provider=_OnlyUs(self._keys))
+        self._socket = self._context.socket(zmq.ROUTER)
+        _configure(self._socket, self._settings)
+        self._socket.curve_server = True
+        self._socket.curve_secretkey = self._keys.secret
+        self._socket.curve_publickey = self._keys.public
+        self._socket.zap_domain = b"penstock"
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            self._socket.bind(f"tcp://{_bracket(host)}:{port}")
+        except zmq.ZMQError as error:
+            self._auth.stop()
+            self._context.destroy(linger=0)
+            raise OSError(f"cannot bind the control server to {self._bind}: {error}") from error
+        self._tasks = [
+            _spawn(self._receive(), "control server receive"),
+            _spawn(self._beat(), "control server heartbeat"),
+        ]
+
+    async def close(self) -> None:
+        """Stop; what is queued is given a moment to leave."""
+        await _cancel(self._tasks)
+        self._auth.stop()
+        self._socket.close(linger=500)
+        self._context.destroy(linger=500)
+
+    def _post(self, identity: bytes, data: bytes) -> None:
+        _check_sent(self._socket.send_multipart([identity, data], flags=zmq.DONTWAIT), "a client")
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            if len(frames) != 2:
+                continue
+            try:
+                message = messages.decode_control(frames[1])
+            except WireError as error:
+                log.warning("dropped a message: %s", error)
+                continue
+            try:
+                self._handle(frames[0], message)
+            except LinkDown as error:
+                log.info("a client went away: %s", error)
+
+    def _handle(self, identity: bytes, message: Control) -> None:
+        now = time.monotonic()
+        if isinstance(message, Hello):
+            self._join(identity, message, now)
+            return
+        session = self._sessions.get(identity)
+        if session is None:
+            self._post(identity, messages.encode(Unknown(boot_id=self._hello().boot_id)))
+            return
+        session.last_heard = now
+        if isinstance(message, Heartbeat):
+            session.state = _peer_state(message.state)
+            return
+        self._on_message(session, message)
+
+    def _join(self, identity: bytes, hello: Hello, now: float) -> None:
+        self._post(identity, messages.encode(self._hello()))
+        known = self._sessions.get(identity)
+        if known is not None and known.hello.boot_id == hello.boot_id:
+            known.last_heard = now
+            return
+        if known is not None:
+            self._lose(identity, known)
+        session = Session(hello, LinkState.READY, now, self, identity)
+        self._sessions[identity] = session
+        self._on_join(session)
+
+    def _lose(self, identity: bytes, session: Session) -> None:
+        self._sessions.pop(identity, None)
+        session.state = LinkState.LOST
+        self._on_lost(session)
+
+    async def _beat(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_seconds)
+            now = time.monotonic()
+            # A process that was itself stopped must not blame its peers for the silence.
+            stalled = max(0.0, now - last - self._settings.heartbeat_seconds)
+            last = now
+            beat = messages.encode(
+                Heartbeat(boot_id=self._hello().boot_id, state=self._state())  # type: ignore[arg-type]
+            )
+            for identity, session in list(self._sessions.items()):
+                session.last_heard += stalled
+                if now - session.last_heard > self._settings.lease_seconds:
+                    self._lose(identity, session)
+                    continue
+                with contextlib.suppress(LinkDown):
+                    self._post(identity, beat)
+
+
+OnClientMessage: TypeAlias = Callable[[Control], None]
+OnClientState: TypeAlias = Callable[[LinkState, Hello | None], None]
+
+
+class ControlClient:
+    """The connecting end of a control link.
+
+    Args:
+        address: host:port of a ControlServer; the host is resolved anew on every connection.
+        hello: who I am.
+        on_message: every message but Hello, Heartbeat and Unknown.
+        on_state: each change, with the peer's Hello (None while connecting for the first time).
+            READY with another boot_id than before is always preceded by LOST.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        keys: Keys,
+        *,
+        on_message: OnClientMessage,
+        on_state: OnClientState,
+        settings: LinkSettings | None = None,
+        resolver: Resolver | None = None,
+    ) -> None:
+        self.address = address
+        self._mine = hello
+        self._keys = keys
+        self._on_message = on_message
+        self._on_state = on_state
+        self._settings = settings or LinkSettings()
+        self._resolver = resolver or Resolver()
+        self._task: asyncio.Task[None] | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self.state = LinkState.CONNECTING
+        self.hello: Hello | None = None
+        self._last_heard = 0.0
+
+    def start(self) -> None:
+        """Begin to connect, and keep connecting for ever."""
+        self._task = _spawn(self._run(), f"control client {self.address}")
+
+    async def close(self) -> None:
+        """Stop. No more callbacks come."""
+        if self._task is not None:
+            await _cancel([self._task])
+            self._task = None
+
+    @property
+    def up(self) -> bool:
+        """Whether the peer is there (it may be draining)."""
+        return self.state in {LinkState.READY, LinkState.DRAINING}
+
+    def send(self, message: Message) -> None:
+        """Queue a message. Raises LinkDown unless the peer is there."""
+        if not self.up or self._socket is None:
+            raise LinkDown(f"{self.address} is {self.state.value}")
+        self._post(messages.encode(message))
+
+    def _post(self, data: bytes) -> None:
+        assert self._socket is not None
+        _check_sent(self._socket.send(data, flags=zmq.DONTWAIT), self.address)
+
+    async def _run(self) -> None:
+        """Connect again, with a fresh socket, for as long as there is a client.
+
+        A fresh socket each time, so that nothing queued for a dead peer reaches its successor.
+        """
+        context = zmq.asyncio.Context()
+        try:
+            while True:
+                try:
+                    await self._connection(context)
+                except UnresolvedName as error:
+                    log.debug("%s", error)
+                self._lose()
+                await asyncio.sleep(self._settings.heartbeat_seconds / 2)
+        finally:
+            context.destroy(linger=500)
+
+    def _lose(self) -> None:
+        self._socket = None
+        if self.up:
+            self._set_state(LinkState.LOST)
+
+    def _set_state(self, state: LinkState) -> None:
+        if state is not self.state:
+            self.state = state
+            self._on_state(state, self.hello)
+
+    async def _connection(self, context: zmq.asyncio.Context) -> None:
+        host, port = split_address(self.address)
+        ip = await self._resolver.resolve(host)
+        socket = context.socket(zmq.DEALER)
+        _configure(socket, self._settings)
+        socket.curve_serverkey = self._keys.public
+        socket.curve_publickey = self._keys.public
+        socket.curve_secretkey = self._keys.secret
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            socket.connect(f"tcp://{_bracket(ip)}:{port}")
+            self._socket = socket
+            self._last_heard = time.monotonic()
+            self._post(messages.encode(self._mine))
+            tasks = [
+                asyncio.create_task(self._receive(socket)),
+                asyncio.create_task(self._beat()),
+                asyncio.create_task(self._watch(monitor)),
+            ]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await _cancel(tasks)
+            socket.disable_monitor()
+            monitor.close(linger=0)
+            socket.close(linger=500 if self.up else 0)
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        """Handle messages until the peer turns out to be another process than before."""
+        while True:
+            data = await socket.recv()
+            try:
+                message = messages.decode_control(data)
+            except WireError as error:
+                log.warning("dropped a message from %s: %s", self.address, error)
+                continue
+            self._last_heard = time.monotonic()
+            if isinstance(message, Unknown):
+                if self.up:
+                    return
+                self._post(messages.encode(self._mine))
+            elif isinstance(message, Hello):
+                if self.up and self.hello is not None and message.boot_id != self.hello.boot_id:
+                    return
+                self.hello = message
+                self._set_state(LinkState.READY)
+            elif isinstance(message, Heartbeat):
+                if self.up:
+                    self._set_state(_peer_state(message.state))
+            elif self.up:
+                self._on_message(message)
+
+    async def _beat(self) -> None:
+        """Send heartbeats until the lease runs out."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_seconds)
+            now = time.monotonic()
+            # A process that was itself stopped must not blame its peer for the silence.
+            self._last_heard += max(0.0, now - last - self._settings.heartbeat_seconds)
+            last = now
+            if now - self._last_heard > self._settings.lease_seconds:
+                return
+            with contextlib.suppress(LinkDown):
+                self._post(messages.encode(Heartbeat(boot_id=self._mine.boot_id)))
+
+    @staticmethod
+    async def _watch(monitor: zmq.asyncio.Socket) -> None:
+        """Return when the connection breaks."""
+        while True:
+            event = parse_monitor_message(await monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                return
+
+
+class _OnlyUs:
+    """Accept exactly the service's own key."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._public = keys.public
+
+    def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - pyzmq's interface
+        return key == self._public
+
+
+def _peer_state(state: str) -> LinkState:
+    return LinkState.DRAINING if state == "draining" else LinkState.READY
+
+
+def _configure(socket: zmq.asyncio.Socket, settings: LinkSettings) -> None:
+    socket.setsockopt(zmq.SNDHWM, settings.queue_messages)
+    socket.setsockopt(zmq.RCVHWM, settings.queue_messages)
+    socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+
+
+def _bracket(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _check_sent(sent: Awaitable[object], peer: str) -> None:
+    """Raise LinkDown if a non-blocking send failed; zmq.asyncio tries it before it returns."""
+    assert isinstance(sent, asyncio.Future)
+    if sent.done() and (error := sent.exception()) is not None:
+        raise LinkDown(f"{peer} is gone or does not read: {error}") from error
+
+
+def _spawn(coroutine: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
+    """Start a task whose failure reaches the loop's exception handler at once."""
+    task = asyncio.create_task(coroutine, name=name)
+    task.add_done_callback(_report)
+    return task
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        task.get_loop().call_exception_handler(
+            {"message": f"{task.get_name()} failed", "exception": error, "task": task}
+        )
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
