@@ -446,7 +446,10 @@ class Released(Message, frozen=True, kw_only=True, tag="released"):
 
 
 class StageFault(Message, frozen=True, kw_only=True, tag="stage_fault"):
-    """A request cannot go on at this stage (its load failed, its link is down)."""
+    """A request cannot go on at this stage (its load failed, its link is down).
+
+    A key of -1 means all of them: the data path to the next stage is broken.
+    """
 
     epoch: int
     stage: int
@@ -523,17 +526,17 @@ class RingEcho(Message, frozen=True, kw_only=True, tag="ring_echo"):
 
 
 class Activations(Message, frozen=True, kw_only=True, tag="activations"):
-    """The hidden states of this step lie in slot step mod slots."""
+    """The hidden states of the epoch's hand-over `number` lie in slot number mod slots."""
 
     epoch: int
-    step: int
+    number: int
 
 
 class Credit(Message, frozen=True, kw_only=True, tag="credit"):
-    """The slot of this step was read and may be written again."""
+    """The slot of this hand-over was read and may be written again."""
 
     epoch: int
-    step: int
+    number: int
 
 
 Notification: TypeAlias = LinkProbe | ChunkDelivered | RingProbe | RingEcho | Activations | Credit

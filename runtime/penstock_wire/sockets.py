@@ -130,7 +130,9 @@ class ControlServer:
         self._context = zmq.asyncio.Context()
         self._auth = AsyncioAuthenticator(self._context)
         self._auth.start()
-        self._auth.configure_curve_callback(domain="penstock", credentials_provider=_OnlyUs(self._keys))
+        self._auth.configure_curve_callback(
+            domain="penstock", credentials_provider=_OnlyUs(self._keys)
+        )
         self._socket = self._context.socket(zmq.ROUTER)
         _configure(self._socket, self._settings)
         self._socket.curve_server = True

@@ -1,1 +1,1 @@
-"""The OpenAI API: schemas, chat templates, incremental text and streaming."""
+"""The OpenAI API: its requests, its text, and its responses."""

@@ -1,1 +1,9 @@
-"""Attention over paged KV: the interface, then one backend a file."""
+"""Attention over paged KV: the interface, then one backend a file.
+
+base.py         the interface: `plan` once a forward pass, `run` once a layer
+registry.py     which backend a device gets
+slots.py        where a batch's own keys and values are written (shared)
+paged_cpu.py    CPU, without a compiler: gathered pages, flash attention, merge by logsumexp
+dense.py        any device: gathered pages, masked scaled_dot_product_attention
+reference.py    the definition in float32, for tests
+"""

@@ -1,0 +1,363 @@
+"""The pods of each role: containers, their commands, probes, volumes. Pure.
+
+`$(NAME)` in arguments is an environment variable of the container that the kubelet, or the local
+executor, puts in.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from penstock_operator import labels
+from penstock_operator.quantity import parse_quantity
+
+if TYPE_CHECKING:
+    from penstock_operator.api import ChunkedPrefill, InferenceService, Resources, RoleSpec
+    from penstock_operator.labels import Role
+
+Object: TypeAlias = dict[str, Any]
+
+WORKER_COMPONENT = "worker"
+GRACE_SECONDS = 600
+"""How long a pod may drain: the longest stream that a rollout lets finish. Ten minutes hold about
+20,000 tokens at 30 ms each."""
+DRAIN_SECONDS = GRACE_SECONDS - 15
+"""How long a process lets its streams go on: it must end by itself before it is killed."""
+PREFILL_CHUNK_TOKENS = 2048
+DECODE_CHUNK_TOKENS = 512
+ROUTER_LEAVE_SECONDS = 5
+"""How long a router goes on accepting after its end was decided, until every node knows."""
+USER_ID = 10001
+
+
+def workers_service(service: InferenceService) -> str:
+    """Return the name of the headless Service of the workers."""
+    return f"{service.name}-workers"
+
+
+def key_secret(service: InferenceService) -> str:
+    """Return the name of the Secret with the CURVE key pair."""
+    return f"{service.name}-keys"
+
+
+def router_account(service: InferenceService) -> str:
+    """Return the name of the router's ServiceAccount."""
+    return f"{service.name}-router"
+
+
+def common_labels(service: InferenceService) -> dict[str, str]:
+    """Return the labels of every object of the service."""
+    return {
+        "app.kubernetes.io/name": "penstock",
+        "app.kubernetes.io/instance": service.name,
+        "app.kubernetes.io/managed-by": "penstock",
+        labels.SERVICE: service.name,
+    }
+
+
+def pod_template(
+    service: InferenceService, role: Role, *, revision: str, layout: str, index: int
+) -> Object:
+    """Return the pod template of `role`, for prefill that of group `index`.
+
+    Raises KeyError if the service has no such role.
+    """
+    part = service.spec.role(role)
+    if part is None:
+        raise KeyError(f"the service has no {role}")
+    build = _router_pod if role == "router" else _worker_pod
+    group = {labels.GROUP: f"{service.name}-prefill-{index}"} if role == "prefill" else {}
+    own = {
+        **common_labels(service),
+        "app.kubernetes.io/component": "router" if role == "router" else WORKER_COMPONENT,
+        labels.ROLE: role,
+        **group,
+        labels.REVISION: revision,
+        labels.LAYOUT: layout,
+    }
+    template: Object = {
+        "metadata": {"labels": own},
+        "spec": {
+            **build(service, role, part, revision, index),
+            **_pod_defaults(service, own, role),
+        },
+    }
+    patched: Object = _merge(template, part.pod_template)
+    patched["metadata"]["labels"].update(own)
+    return patched
+
+
+# --- workers ----------------------------------------------------------------------------------
+
+
+def _worker_pod(
+    service: InferenceService, role: Role, part: RoleSpec, revision: str, index: int
+) -> Object:
+    env = [
+        _field_env("POD_NAME", "metadata.name"),
+        _field_env("POD_IP", "status.podIP"),
+        *_cache_env(service),
+    ]
+    if role == "prefill":
+        env.append(_field_env("POD_INDEX", f"metadata.labels['{labels.POD_INDEX}']"))
+    volumes, mounts = _volumes(service)
+    container: Object = {
+        "name": "worker",
+        "image": service.spec.image.runtime,
+        "imagePullPolicy": service.spec.image.pull_policy,
+        "command": ["penstock-worker"],
+        "args": [*_worker_args(service, role, part, revision, index), *part.extra_args],
+        "env": env,
+        "ports": [
+            {"name": "control", "containerPort": labels.CONTROL_PORT},
+            {"name": "http", "containerPort": labels.HTTP_PORT},
+        ],
+        **_probes("/healthz", "/readyz", liveness_failures=6),
+        "volumeMounts": mounts,
+        "securityContext": _security(part.resources),
+        **_resources(part.resources),
+    }
+    return {
+        "automountServiceAccountToken": False,
+        "containers": [container],
+        "volumes": volumes,
+    }
+
+
+def _worker_args(
+    service: InferenceService, role: Role, part: RoleSpec, revision: str, index: int
+) -> list[str]:
+    spec = service.spec
+    args = ["--role", role, "--name", "$(POD_NAME)", "--model", model_argument(service)]
+    args += [
+        "--bind",
+        f"$(POD_IP):{labels.CONTROL_PORT}",
+        "--http",
+        f"$(POD_IP):{labels.HTTP_PORT}",
+    ]
+    args += ["--keys", labels.KEYS_MOUNT, "--device", spec.device, "--dtype", spec.model.dtype]
+    args += _token_args(service, "--model-token-file")
+    args += ["--kv-memory", spec.kv_cache.memory, "--page-size", str(spec.kv_cache.page_size)]
+    if spec.model.max_model_len is not None:
+        args += ["--max-model-len", str(spec.model.max_model_len)]
+    if part.resources.cpu is not None:
+        args += ["--threads", str(math.ceil(parse_quantity(part.resources.cpu)))]
+    if role == "prefill" and spec.prefill is not None:
+        group = f"{service.name}-prefill-{index}"
+        domain = f"{workers_service(service)}.{service.metadata.namespace}.svc"
+        args += ["--group", group, "--stage", "$(POD_INDEX)"]
+        args += ["--stages", str(spec.prefill.pipeline_parallel)]
+        args += ["--peers", f"{group}-{{i}}.{domain}:{labels.CONTROL_PORT}"]
+        args += _chunk_args(spec.prefill.chunked_prefill, PREFILL_CHUNK_TOKENS)
+    elif role == "decode":
+        args += _chunk_args(spec.decode.chunked_prefill, DECODE_CHUNK_TOKENS)
+    return [*args, "--drain-seconds", str(DRAIN_SECONDS), "--revision", revision]
+
+
+def _chunk_args(chunks: ChunkedPrefill, default_tokens: int) -> list[str]:
+    tokens = chunks.max_tokens or default_tokens
+    return ["--chunk-mode", chunks.mode, "--max-chunk-tokens", str(tokens)]
+
+
+def _token_args(service: InferenceService, flag: str) -> list[str]:
+    if service.spec.model.token_secret is None:
+        return []
+    return [flag, f"{labels.MODEL_TOKEN_MOUNT}/{labels.TOKEN_ENTRY}"]
+
+
+# --- router -----------------------------------------------------------------------------------
+
+
+def _router_pod(
+    service: InferenceService, role: Role, part: RoleSpec, revision: str, index: int
+) -> Object:
+    del role, index  # one kind of router
+    spec = service.spec
+    volumes, mounts = _volumes(service)
+    if spec.router.api_key_secret is not None:
+        volumes.append(_secret_volume("api-key", spec.router.api_key_secret))
+        mounts.append(_mount("api-key", labels.API_KEY_MOUNT))
+    container: Object = {
+        "name": "router",
+        "image": spec.image.router,
+        "imagePullPolicy": spec.image.pull_policy,
+        "command": ["penstock-router"],
+        "args": [*_router_args(service, revision), *part.extra_args],
+        "env": [_field_env("POD_NAME", "metadata.name"), *_cache_env(service)],
+        "ports": [{"name": "http", "containerPort": spec.router.port}],
+        **_probes("/health", "/ready", liveness_failures=3),
+        "lifecycle": {"preStop": {"sleep": {"seconds": ROUTER_LEAVE_SECONDS}}},
+        "volumeMounts": mounts,
+        "securityContext": _security(part.resources),
+        **_resources(part.resources),
+    }
+    return {
+        "serviceAccountName": router_account(service),
+        "containers": [container],
+        "volumes": volumes,
+    }
+
+
+def _router_args(service: InferenceService, revision: str) -> list[str]:
+    spec = service.spec
+    discovery = f"kubernetes:{service.metadata.namespace}/{labels.SERVICE}={service.name}"
+    args = ["--name", "$(POD_NAME)", "--model", model_argument(service)]
+    args += ["--served-model-name", spec.model.served_name]
+    args += _token_args(service, "--hf-token-file")
+    args += ["--host", "0.0.0.0", "--port", str(spec.router.port)]  # noqa: S104 - inside its pod
+    args += ["--discovery", discovery, "--keys", labels.KEYS_MOUNT]
+    args.append("--require-prefill" if spec.prefill else "--no-require-prefill")
+    if spec.router.api_key_secret is not None:
+        args += ["--api-key-file", f"{labels.API_KEY_MOUNT}/{labels.API_KEY_ENTRY}"]
+    return [*args, "--drain-seconds", str(DRAIN_SECONDS), "--revision", revision]
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+def model_argument(service: InferenceService) -> str:
+    """Return `--model`: the URI, with the revision behind @, a volume claim as its mount."""
+    model = service.spec.model
+    if model.scheme == "pvc":
+        claim, _, path = model.uri.removeprefix("pvc://").partition("/")
+        return f"file:///models/{claim}/{path}".rstrip("/")
+    return f"{model.uri}@{model.revision}" if model.revision else model.uri
+
+
+def _cache_env(service: InferenceService) -> list[Object]:
+    """Downloads go to the cache volume."""
+    if service.spec.model.scheme != "hf":
+        return []
+    return [{"name": "HF_HOME", "value": f"{labels.CACHE_MOUNT}/huggingface"}]
+
+
+def _volumes(service: InferenceService) -> tuple[list[Object], list[Object]]:
+    """Return the volumes and their mounts that every role has."""
+    volumes = [
+        _secret_volume("keys", key_secret(service)),
+        {"name": "cache", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+    ]
+    mounts: list[Object] = [
+        _mount("keys", labels.KEYS_MOUNT),
+        {"name": "cache", "mountPath": labels.CACHE_MOUNT},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a volume of the pod's own
+    ]
+    if service.spec.model.token_secret is not None:
+        volumes.append(_secret_volume("model-token", service.spec.model.token_secret))
+        mounts.append(_mount("model-token", labels.MODEL_TOKEN_MOUNT))
+    if service.spec.model.scheme == "pvc":
+        claim = service.spec.model.uri.removeprefix("pvc://").partition("/")[0]
+        source = {"claimName": claim, "readOnly": True}
+        volumes.append({"name": "model", "persistentVolumeClaim": source})
+        mounts.append(_mount("model", f"/models/{claim}"))
+    return volumes, mounts
+
+
+def _secret_volume(name: str, secret: str) -> Object:
+    return {"name": name, "secret": {"secretName": secret, "defaultMode": 0o440}}
+
+
+def _mount(name: str, path: str) -> Object:
+    return {"name": name, "mountPath": path, "readOnly": True}
+
+
+def _field_env(name: str, path: str) -> Object:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
+
+def _probes(alive: str, ready: str, *, liveness_failures: int) -> Object:
+    """Probes over HTTP. The server answers `alive` before weights are loaded.
+
+    So the start-up probe covers imports only, two minutes of them, and weights of any size load
+    while the pod is alive and not ready. Liveness is slow to judge: a stopped or swapped-out
+    process is left a minute to come back, since killing it loses its KV.
+    """
+
+    def probe(path: str, period: int, timeout: int, failures: int) -> Object:
+        return {
+            "httpGet": {"path": path, "port": "http"},
+            "periodSeconds": period,
+            "timeoutSeconds": timeout,
+            "failureThreshold": failures,
+        }
+
+    return {
+        "startupProbe": probe(alive, 2, 2, 60),
+        "readinessProbe": probe(ready, 2, 2, 2),
+        "livenessProbe": probe(alive, 10, 5, liveness_failures),
+    }
+
+
+def _resources(resources: Resources) -> Object:
+    amounts: Object = {}
+    if resources.cpu is not None:
+        amounts["cpu"] = resources.cpu
+    if resources.memory is not None:
+        amounts["memory"] = resources.memory
+    if resources.gpu:
+        amounts["nvidia.com/gpu"] = str(resources.gpu)
+    if resources.rdma is not None:
+        amounts[resources.rdma.resource] = str(resources.rdma.count)
+    return {"resources": {"requests": amounts, "limits": dict(amounts)}} if amounts else {}
+
+
+def _security(resources: Resources) -> Object:
+    capabilities: Object = {"drop": ["ALL"]}
+    if resources.rdma is not None:
+        capabilities["add"] = ["IPC_LOCK"]  # pins the memory that devices write
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": capabilities,
+    }
+
+
+def _pod_defaults(service: InferenceService, own: dict[str, str], role: Role) -> Object:
+    spread = labels.GROUP if role == "prefill" else labels.ROLE
+    defaults: Object = {
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "fsGroup": USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "kubernetes.io/hostname",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {
+                    "matchLabels": {labels.SERVICE: service.name, spread: own[spread]}
+                },
+            }
+        ],
+    }
+    if service.spec.image.pull_secrets:
+        defaults["imagePullSecrets"] = [{"name": name} for name in service.spec.image.pull_secrets]
+    return defaults
+
+
+def _merge(base: Any, patch: Any) -> Any:
+    """Return `base` with `patch` put over it; neither is changed."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        merged = dict(base)
+        for key, value in patch.items():
+            merged[key] = _merge(base[key], value) if key in base else copy.deepcopy(value)
+        return merged
+    if _named(base) and _named(patch):
+        patches = {item["name"]: item for item in patch}
+        kept = [_merge(item, patches.pop(item["name"], {})) for item in base]
+        return [*kept, *copy.deepcopy(list(patches.values()))]
+    return copy.deepcopy(patch)
+
+
+def _named(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and "name" in item for item in value)
+    )

@@ -1,0 +1,137 @@
+"""Discovery: which workers there are, and where.
+
+`Discovery` is what the fleet needs of it: a stream of whole lists, each replacing the one before.
+On one machine that is a watched file; in a cluster it is a LIST followed by a WATCH.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+import msgspec
+from msgspec import Meta, Struct
+
+from penstock_router.errors import ConfigurationError
+from penstock_wire.names import split_address
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+log = logging.getLogger(__name__)
+
+_Text = Annotated[str, Meta(max_length=256)]
+
+
+class Endpoint(Struct, frozen=True, kw_only=True):
+    """One worker process, as discovery knows it before any connection."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    role: Literal["decode", "prefill"]
+    address: _Text
+    """host:port of its control server."""
+    group: _Text = ""
+    """Prefill group; empty for decode workers."""
+    stage: Annotated[int, Meta(ge=0)] = 0
+    revision: _Text = ""
+    http: _Text = ""
+    """host:port of its health and metrics; not used by the router."""
+
+
+class _EndpointFile(Struct, frozen=True):
+    endpoints: tuple[Endpoint, ...]
+
+
+class Discovery(Protocol):
+    """A stream of the workers that there are."""
+
+    def watch(self) -> AsyncIterator[tuple[Endpoint, ...]]:
+        """Yield the whole list at first and after every change, for ever."""
+        ...
+
+
+class InvalidEndpoints(ValueError):  # noqa: N818 - it names the state
+    """A list of endpoints that cannot be used; the message says why."""
+
+
+def parse_endpoints(data: bytes) -> tuple[Endpoint, ...]:
+    """Return the endpoints in a discovery file's content. Raises InvalidEndpoints."""
+    try:
+        endpoints = msgspec.json.decode(data, type=_EndpointFile).endpoints
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidEndpoints(str(error)) from error
+    names: set[str] = set()
+    for endpoint in endpoints:
+        if endpoint.name in names:
+            raise InvalidEndpoints(f"the name {endpoint.name!r} is there twice")
+        names.add(endpoint.name)
+        if endpoint.role == "prefill" and not endpoint.group:
+            raise InvalidEndpoints(f"the prefill worker {endpoint.name!r} has no group")
+        try:
+            split_address(endpoint.address)
+        except ValueError as error:
+            raise InvalidEndpoints(f"worker {endpoint.name!r}: {error}") from error
+    return endpoints
+
+
+class FileDiscovery:
+    """Watches a JSON file `{"endpoints": [...]}` that its writer replaces atomically.
+
+    A missing or unusable file keeps the last good list: a router must not drop its workers
+    because somebody's write went wrong. A missing file is an empty list only at first.
+
+    Args:
+        path: the file.
+        interval: seconds between two looks.
+    """
+
+    def __init__(self, path: Path, *, interval: float) -> None:
+        self._path = path
+        self._interval = interval
+
+    async def watch(self) -> AsyncIterator[tuple[Endpoint, ...]]:
+        """Yield the list at first (empty without a file) and after every change of it."""
+        seen: object = None
+        current: tuple[Endpoint, ...] | None = None
+        while True:
+            stamp = self._stamp()
+            if current is None or stamp != seen:
+                seen = stamp
+                found = self._read()
+                if found is None and current is None:
+                    found = ()
+                if found is not None and found != current:
+                    current = found
+                    yield found
+            await asyncio.sleep(self._interval)
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        """Return what changes when the file is replaced or written; None without a file."""
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
+    def _read(self) -> tuple[Endpoint, ...] | None:
+        try:
+            return parse_endpoints(self._path.read_bytes())
+        except FileNotFoundError:
+            log.warning("the discovery file %s is not there; workers stay as they were", self._path)
+        except (OSError, InvalidEndpoints) as error:
+            log.warning(
+                "the discovery file %s is unusable, workers stay as they were: %s",
+                self._path,
+                error,
+            )
+        return None
+
+
+def open_discovery(where: str, *, interval: float) -> Discovery:
+    """Return the discovery that a setting names. Raises ConfigurationError for an unknown kind."""
+    kind, _, rest = where.partition(":")
+    if kind == "file" and rest:
+        return FileDiscovery(Path(rest.removeprefix("//")), interval=interval)
+    raise ConfigurationError(f"--discovery {where!r} is not known; write file:PATH")

@@ -1,0 +1,212 @@
+"""The router's settings: each with its unit, its default, and why that default."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+from penstock_router.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Everything that can be chosen about a router.
+
+    The command line is made from these fields: `max_queue` is `--max-queue`. A flag given twice
+    counts with its last value, so that a launcher can append what it must override.
+    """
+
+    model: Annotated[
+        str,
+        (
+            "URI of the model, file:///DIRECTORY or hf://ORG/NAME[@REVISION]. Only the "
+            "configuration, the tokenizer and the chat template are read from it, never the "
+            "weights."
+        ),
+    ]
+    served_model_name: Annotated[
+        str,
+        "Name under which clients ask for the model.",
+    ]
+    discovery: Annotated[
+        str,
+        "Where the workers are: file:PATH of a JSON list that is watched.",
+    ]
+    keys: Annotated[
+        Path,
+        "Directory of the service's CURVE key pair.",
+    ]
+    name: Annotated[
+        str,
+        "This router's name, told to the workers.",
+    ] = "router"
+    revision: Annotated[
+        str,
+        "Revision of the service, told to the workers.",
+    ] = ""
+    host: Annotated[
+        str,
+        (
+            "Address to listen on. The loopback address by default, so that nothing is exposed "
+            "that nobody asked to expose."
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        "TCP port of the API.",
+    ] = 8000
+    require_prefill: Annotated[
+        bool,
+        (
+            "Send prompts only to decode workers with a prefill group ready, and be ready only "
+            "then. Without it, decode workers prefill for themselves when there is no group."
+        ),
+    ] = False
+    api_key_file: Annotated[
+        Path | None,
+        (
+            "File of bearer keys, one a line; read again when it changes. None by default: the "
+            "API is open, which is right on the loopback address only."
+        ),
+    ] = None
+    hosts_file: Annotated[
+        Path | None,
+        "JSON object of host names and addresses, for one machine without DNS.",
+    ] = None
+    cache_dir: Annotated[
+        Path | None,
+        (
+            "Where hf:// models are kept. The hub library's own cache by default, so that a model "
+            "that is there already is not loaded twice."
+        ),
+    ] = None
+    hf_token_file: Annotated[
+        Path | None,
+        "File with the hub's access token.",
+    ] = None
+    hf_endpoint: Annotated[
+        str | None,
+        "URL of the hub, or of a mirror of it.",
+    ] = None
+    max_queue: Annotated[
+        int,
+        (
+            "Completions that may wait for their first token; more are answered with 429. 512 are "
+            "several times what a group's pipeline holds, and still answered within a usual "
+            "timeout."
+        ),
+    ] = 512
+    max_attempts: Annotated[
+        int,
+        (
+            "Workers that are tried for one completion. 8 outlives a rolling restart; a prompt "
+            "that kills its workers must end some time."
+        ),
+    ] = 8
+    worker_wait_seconds: Annotated[
+        float,
+        (
+            "How long a request waits for any worker to be there, before 503. 30 s is longer than "
+            "a worker's restart."
+        ),
+    ] = 30.0
+    stall_seconds: Annotated[
+        float,
+        (
+            "How long a worker that holds a request may give no token, before 504. 600 s leaves a "
+            "prompt of a million tokens its time."
+        ),
+    ] = 600.0
+    canary_seconds: Annotated[
+        float,
+        "How long a one-token probe may take. 60 s leaves it its time behind long prompts.",
+    ] = 60.0
+    keepalive_seconds: Annotated[
+        float,
+        (
+            "After this silence a stream gets an SSE comment, and a stream without a first token "
+            "its headers. 15 s is below the idle timeouts of common proxies."
+        ),
+    ] = 15.0
+    drain_seconds: Annotated[
+        float,
+        "How long streams may go on after SIGTERM. 30 s is Kubernetes' default grace period.",
+    ] = 30.0
+    max_body_bytes: Annotated[
+        int,
+        "Largest request body, in bytes. 32 MiB hold a prompt of a million tokens as JSON.",
+    ] = 32 * 1024 * 1024
+    discovery_seconds: Annotated[
+        float,
+        ("Time between two looks at the discovery file. 0.15 s is not felt, and costs one stat."),
+    ] = 0.15
+    log_level: Annotated[
+        str,
+        "debug, info, warning or error.",
+    ] = "info"
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values. Raises ConfigurationError naming the flag."""
+        if not 0 <= self.port < 65536:
+            raise ConfigurationError(f"--port {self.port} is not a TCP port (0 to 65535)")
+        for name in ("max_queue", "max_attempts", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{_flag(name)} must be at least 1")
+        for name in _SECONDS:
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"{_flag(name)} must be more than 0 seconds")
+        if self.log_level not in {"debug", "info", "warning", "error"}:
+            raise ConfigurationError(f"--log-level {self.log_level!r} is not a level")
+
+
+_SECONDS = (
+    "worker_wait_seconds",
+    "stall_seconds",
+    "canary_seconds",
+    "keepalive_seconds",
+    "drain_seconds",
+    "discovery_seconds",
+)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """Return the settings of a command line (default: this process's).
+
+    Raises:
+        ConfigurationError: a value is impossible.
+        SystemExit: a flag is unknown, missing or malformed, as argparse does.
+    """
+    parser = argparse.ArgumentParser(
+        prog="penstock-router",
+        description="The OpenAI API in front of Penstock's workers.",
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(Settings, include_extras=True)
+    for each in fields(Settings):
+        hint, text = get_args(hints[each.name])
+        _add_flag(parser, each, hint, text)
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def _add_flag(parser: argparse.ArgumentParser, each: Field[Any], hint: Any, text: str) -> None:
+    required = each.default is MISSING
+    text = text.replace("%", "%%")
+    if not required and each.default not in {None, ""}:
+        text += f" Default: {each.default}."
+    default = None if required else each.default
+    if hint is bool:
+        parser.add_argument(
+            _flag(each.name), action=argparse.BooleanOptionalAction, default=default, help=text
+        )
+        return
+    kind = next((t for t in (Path, int, float) if hint in {t, t | None}), str)
+    parser.add_argument(_flag(each.name), type=kind, default=default, required=required, help=text)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

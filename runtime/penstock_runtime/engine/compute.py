@@ -1,0 +1,70 @@
+"""The compute thread: the one place where torch runs, so that the event loop never blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Compute:
+    """Runs functions one after another on a thread of its own, in inference mode.
+
+    `busy_seconds` is the time spent computing since the start, for the bubble metric.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._executor = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="compute",
+            initializer=torch.set_num_threads,
+            initargs=(threads,),
+        )
+        self.busy_seconds = 0.0
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return function(*args), computed on the thread.
+
+        If the caller is cancelled the function still runs to its end; `settle` waits for it.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._executor, lambda: self._timed(function, *args, **kwargs)
+        )
+
+    def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                return function(*args, **kwargs)
+        finally:
+            self.busy_seconds += time.perf_counter() - started
+
+    async def settle(self) -> None:
+        """Return when everything submitted so far has ended."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, _nothing)
+
+    def close(self) -> None:
+        """Let the running function end and stop the thread."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def report_failure(task: asyncio.Task[None]) -> None:
+    """Done callback: a task that failed reaches the loop's exception handler at once."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        task.get_loop().call_exception_handler(
+            {"message": f"{task.get_name()} failed", "exception": error, "task": task}
+        )
+
+
+def _nothing() -> None:
+    pass

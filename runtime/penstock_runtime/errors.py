@@ -1,0 +1,22 @@
+"""The runtime's exceptions.
+
+    PenstockRuntimeError
+    ├── ConfigurationError     a setting or the model cannot be served: fix it and start again
+    └── PipelineBroken         an epoch of a prefill group ended: a newer one will be formed
+
+Transfers raise `transfer.base.TransferError`, control links `penstock_wire.sockets.LinkDown`.
+"""
+
+from __future__ import annotations
+
+
+class PenstockRuntimeError(Exception):
+    """The base of the runtime's own errors."""
+
+
+class ConfigurationError(PenstockRuntimeError):
+    """A setting, or the model, cannot be served. The message names the cause and the remedy."""
+
+
+class PipelineBroken(PenstockRuntimeError):  # noqa: N818 - it names the event
+    """The epoch ended while something waited for a neighbour."""

@@ -1,0 +1,147 @@
+"""A stage's part of a model: the layers [a, b), and perhaps the embedding and the head.
+
+Shape letters: T tokens of the batch, D hidden size, R rows chosen for sampling, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from penstock_runtime.attention.registry import create_attention
+from penstock_runtime.model.layers import AttentionStep
+from penstock_runtime.model.linear import compute_dtype
+from penstock_runtime.model.loader import Loader, Part
+from penstock_runtime.model.rope import frequencies, rotations
+from penstock_runtime.model.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from penstock_runtime.attention.base import AttentionBackend
+    from penstock_runtime.model.config import ModelConfig
+    from penstock_runtime.model.layers import DecoderLayer, Head
+    from penstock_runtime.model.weights import Progress
+
+
+class Transformer:
+    """The layers [a, b) of a model on one device.
+
+    Activations that enter and leave have `dtype`; inside, arithmetic is in `compute_dtype`. Call
+    under `torch.inference_mode`, from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: AttentionBackend[Any],
+        layers: Sequence[DecoderLayer],
+        embedding: torch.Tensor | None,
+        head: Head | None,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.compute_dtype = compute_dtype(dtype, device)
+        self.device = device
+        self.attention = attention
+        """The backend whose `plan` makes what `forward` takes."""
+        self._layers = layers
+        self._embedding = embedding
+        self._head = head
+        self._frequencies = frequencies(config.rope, config.head_dim).to(device)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        config: ModelConfig,
+        *,
+        layers: tuple[int, int],
+        embed: bool,
+        head: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: AttentionBackend[Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Transformer:
+        """Read the tensors of the layers [a, b), and those of embedding and head if asked for.
+
+        Args:
+            path: directory in Hugging Face format.
+            config: of the same directory.
+            layers: the half-open range [a, b).
+            embed: the first stage, and a decode worker: `embed` will be called.
+            head: a decode worker: `logits` will be called.
+            dtype: of KV and of activations between stages; weights are rounded to it.
+            device: where to compute.
+            attention: None: the device's own.
+            progress: called with (bytes read, bytes in all) after every tensor.
+
+        Raises:
+            WeightsError: a tensor is missing, has another shape, or cannot be read.
+            ValueError: the range of layers is not one of this model's.
+        """
+        first, last = layers
+        if not 0 <= first < last <= config.layers:
+            raise ValueError(f"layers [{first}, {last}) of a model with {config.layers}")
+        part = Part(config=config, layers=layers, embed=embed, head=head)
+        with torch.inference_mode():
+            loader = Loader(
+                Checkpoint(path), part, dtype=dtype, device=device, progress=progress or _silent
+            )
+            return cls(
+                config,
+                dtype=dtype,
+                device=device,
+                attention=create_attention(device) if attention is None else attention,
+                layers=[loader.layer(index) for index in range(first, last)],
+                embedding=loader.embedding() if embed else None,
+                head=loader.head() if head else None,
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers held, b - a."""
+        return len(self._layers)
+
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of tokens, (T, D). Only with `embed`."""
+        assert self._embedding is not None, "loaded without the embedding"
+        return functional.embedding(token_ids_T, self._embedding)
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        positions_T: torch.Tensor,
+        plan: Any,
+        kv_pool: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the layers [a, b) and return the hidden states (T, D).
+
+        Args:
+            hidden_TD: of the layer before, `dtype`; not changed.
+            positions_T: of the batch's tokens, in batch order.
+            plan: `self.attention.plan` of the same batch.
+            kv_pool: (pages, b - a, 2, K, S, H); keys and values of the batch are written.
+        """
+        turns = rotations(positions_T, self._frequencies, self.config.rope.attention_factor)
+        step = AttentionStep(self.attention, plan, turns)
+        x_TD = hidden_TD.to(self.compute_dtype, copy=True)
+        for index, layer in enumerate(self._layers):
+            layer(x_TD, step, kv_pool[:, index])
+        return x_TD.to(self.dtype)
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits (R, V) of chosen rows of the last layer. Only with `head`."""
+        assert self._head is not None, "loaded without the head"
+        return self._head(hidden_RD.to(self.compute_dtype)).float()
+
+
+def _silent(_done: int, _total: int) -> None:
+    pass

@@ -1,0 +1,250 @@
+"""Where to cut a prompt into chunks, so that a pipeline of P stages is done with it soonest.
+
+With identical stages, chunks of times t_1 … t_M take sum(t) + (P - 1) max(t). Cutting saves nothing
+of the work W itself, so sum(t) = W + M c, and for a given M equal times are best:
+
+    makespan(M) = (W + M c) (1 + (P - 1) / M),  least at M* = sqrt((P - 1) W / c),
+    where it is (sqrt(W) + sqrt((P - 1) c))².
+
+Prompts that queue behind fill the bubble (P - 1) max(t) for each other. With Q seconds of such work
+one bubble is paid for all of W + Q, and the best time of a chunk, W / M, becomes
+sqrt((W + Q) c / (P - 1)): the longer the queue, the fewer and larger the chunks. It stops growing
+where c is a share `overhead` of the chunk, from where on nothing is to be gained.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from penstock_runtime.scheduler.cost_model import Chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from penstock_runtime.scheduler.cost_model import Cost
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkSettings:
+    """How prompts are cut."""
+
+    mode: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: by the cost model. fixed: `fixed_tokens` a step, whatever it costs."""
+    fixed_tokens: int = 4096
+    max_tokens: int = 8192
+    """Most tokens of a step: the memory for its activations, and a ring slot, are this large."""
+    saturation_tokens: int = 64
+    """Smaller steps would leave the linear layers' matrix units idle, which the cost model does
+    not know: a tile of rows on a CPU, a few hundred on a GPU. It also bounds the steps from below
+    while c is so small beside the noise that it is taken for 0."""
+    overhead: float = 0.02
+    """The share of c in a chunk's time below which larger chunks are not worth their latency."""
+    max_seconds: float = 2.0
+    """Longest step: until it ends a short prompt that comes in has to wait."""
+
+    def __post_init__(self) -> None:
+        if self.fixed_tokens < 1 or self.max_tokens < 1:
+            raise ValueError("a step has room for at least one token")
+        if not 0 < self.overhead < 1 or self.max_seconds <= 0 or self.saturation_tokens < 0:
+            raise ValueError(f"impossible chunk settings: {self}")
+
+
+class ChunkPlanner:
+    """Cuts prompts for one pipeline. Pure.
+
+    Args:
+        stages: P.
+        page_size: boundaries between chunks are multiples of it, in tokens.
+        settings: limits; `max_tokens` is at least one page.
+    """
+
+    def __init__(self, stages: int, page_size: int, settings: ChunkSettings | None = None) -> None:
+        self.stages = stages
+        self.page_size = page_size
+        self.settings = settings or ChunkSettings()
+        if stages < 1 or page_size < 1 or self.settings.max_tokens < page_size:
+            raise ValueError(
+                f"{stages} stages, pages of {page_size} and at most {self.settings.max_tokens} "
+                "tokens a step: a step holds at least one page"
+            )
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of one step: whole pages."""
+        settings = self.settings
+        limit = settings.max_tokens
+        if settings.mode == "fixed":
+            limit = min(limit, settings.fixed_tokens)
+        return max(self.page_size, limit // self.page_size * self.page_size)
+
+    def chunk_work(self, cost: Cost, work: float, context: float) -> float:
+        """Return the best work of one step, in seconds besides its overhead.
+
+        Args:
+            cost: of the slowest stage.
+            work: W + Q, all that goes through the pipeline without a pause.
+            context: mean position of a chunk's start, for what reading the prefix costs.
+        """
+        overhead = self.step_overhead(cost, context)
+        best = math.inf
+        if self.stages > 1:
+            best = math.sqrt(work * overhead / (self.stages - 1))
+        best = min(best, overhead / self.settings.overhead, self.settings.max_seconds)
+        least = cost.work(context, context + self.settings.saturation_tokens)
+        return max(best, least, 1e-9)
+
+    def step_overhead(self, cost: Cost, context: float) -> float:
+        """Return what each further chunk costs: c and another reading of the prefix."""
+        return cost.c + cost.gamma * context
+
+    def plan(self, cost: Cost, start: int, end: int, queued_tokens: int = 0) -> list[Chunk]:
+        """Cut tokens [start, end) of one prompt into chunks of equal time, long ones first.
+
+        Args:
+            cost: of the slowest stage.
+            start: first token that is computed, behind a cached prefix of whole pages.
+            end: length of the prompt.
+            queued_tokens: of prompts that wait behind this one.
+        """
+        if end <= start:
+            return []
+        if self.settings.mode == "fixed":
+            return self._cut(start, end, [])
+        work = cost.work(start, end)
+        queued = cost.work(0, queued_tokens) if queued_tokens else 0.0
+        context = (start + end) / 2
+        ideal = work / self.chunk_work(cost, work + queued, context)
+        count = max(1, math.floor(ideal), -(-(end - start) // self.step_tokens))
+        few, many = (self.equal_times(cost, start, end, m) for m in (count, count + 1))
+        return min(few, many, key=lambda chunks: self.makespan(cost, chunks, queued))
+
+    def equal_times(self, cost: Cost, start: int, end: int, count: int) -> list[Chunk]:
+        """Cut [start, end) into `count` chunks of one time, as far as pages and memory allow.
+
+        Memory can make it more chunks, and pages fewer.
+        """
+        share = cost.work(start, end) / count
+        if cost.gamma == 0 and cost.tokens_within(start, share) <= self.step_tokens:
+            marks = [start + cost.tokens_within(start, i * share) for i in range(1, count)]
+        else:
+            marks = self._marks_by_bisection(cost, start, end, count)
+        return self._cut(start, end, marks)
+
+    def makespan(self, cost: Cost, chunks: list[Chunk], queued: float = 0.0) -> float:
+        """Return when the last stage is done with `chunks` and `queued` seconds of other work.
+
+        The other work is taken to be cut like these chunks.
+        """
+        times = [cost.chunk(*chunk) for chunk in chunks]
+        total = sum(times)
+        work = sum(cost.work(s, s + n) for s, n in chunks)
+        stretched = queued * total / work if work else queued
+        return total + stretched + (self.stages - 1) * max(times, default=0.0)
+
+    def _marks_by_bisection(self, cost: Cost, start: int, end: int, count: int) -> list[float]:
+        """Return inner boundaries of chunks whose times include reading their prefix."""
+        low, high = 0.0, cost.work(start, end) + cost.gamma * end
+        for _ in range(60):
+            middle = (low + high) / 2
+            if self._walk(cost, start, middle, count)[-1] < end:
+                low = middle
+            else:
+                high = middle
+        return self._walk(cost, start, high, count)[:-1]
+
+    def _walk(self, cost: Cost, start: int, seconds: float, count: int) -> list[float]:
+        """Return where each of `count` chunks that take `seconds` besides c would end."""
+        marks: list[float] = []
+        position = float(start)
+        for _ in range(count):
+            # Not a whole number of tokens: only the final boundaries are rounded.
+            length = cost.tokens_within(position, seconds)
+            position += min(float(self.step_tokens), length)
+            marks.append(position)
+        return marks
+
+    def _cut(self, start: int, end: int, marks: list[float]) -> list[Chunk]:
+        """Cut at the pages nearest to `marks`, and wherever a step would be too large."""
+        chunks: list[Chunk] = []
+        position = start
+        for mark in [*marks, float(end)]:
+            target = end if mark >= end else round(mark / self.page_size) * self.page_size
+            while position < target:
+                stop = min(target, self.after(position))
+                chunks.append(Chunk(position, stop - position))
+                position = stop
+        return chunks
+
+    def after(self, position: int) -> int:
+        """Return the last page boundary that a step from `position` can reach."""
+        return (position + self.step_tokens) // self.page_size * self.page_size
+
+
+def split_layers(
+    num_layers: int, stages: int, layer_cost: float | list[float], embed_cost: float = 0.0
+) -> list[tuple[int, int]]:
+    """Divide layers among stages so that the slowest stage is as fast as possible.
+
+    Args:
+        num_layers: layers of the model.
+        stages: P; each gets at least one layer.
+        layer_cost: seconds of every layer, or of each one.
+        embed_cost: seconds that the first stage spends on embedding besides.
+
+    Returns:
+        Half-open ranges, one a stage. Among the fastest divisions the most even one (least sum of
+        squares).
+
+    Raises:
+        ValueError: if there are fewer layers than stages, or a cost is missing or negative.
+    """
+    costs = [layer_cost] * num_layers if isinstance(layer_cost, (int, float)) else layer_cost
+    if not 1 <= stages <= num_layers:
+        raise ValueError(f"{num_layers} layers cannot be divided among {stages} stages")
+    if len(costs) != num_layers or embed_cost < 0 or min(costs) < 0:
+        raise ValueError(f"{num_layers} layers need as many costs, none of them negative")
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+
+    def load(first: int, last: int) -> float:
+        return sums[last] - sums[first] + (embed_cost if first == 0 else 0.0)
+
+    slowest = _slowest_stage(num_layers, stages, load)
+    return _most_even(num_layers, stages, load, slowest * (1 + 1e-9))
+
+
+def _slowest_stage(num_layers: int, stages: int, load: Callable[[int, int], float]) -> float:
+    """Return the least possible time of the slowest stage, by dynamic programming."""
+    # best[n]: layers [0, n) on the stages so far.
+    best = [math.inf] + [load(0, n) for n in range(1, num_layers + 1)]
+    for _ in range(stages - 1):
+        best = [
+            min((max(best[m], load(m, n)) for m in range(1, n)), default=math.inf)
+            for n in range(num_layers + 1)
+        ]
+    return best[num_layers]
+
+
+def _most_even(
+    num_layers: int, stages: int, load: Callable[[int, int], float], limit: float
+) -> list[tuple[int, int]]:
+    """Return the division with no stage above `limit` whose squared times have the least sum."""
+
+    def square(first: int, last: int) -> float:
+        seconds = load(first, last)
+        return seconds * seconds if seconds <= limit else math.inf
+
+    best = [(math.inf, [(0, 0)])] + [(square(0, n), [(0, n)]) for n in range(1, num_layers + 1)]
+    for _ in range(stages - 1):
+        best = [
+            min(
+                ((best[m][0] + square(m, n), [*best[m][1], (m, n)]) for m in range(1, n)),
+                key=lambda division: division[0],
+                default=(math.inf, []),
+            )
+            for n in range(num_layers + 1)
+        ]
+    return best[num_layers][1]

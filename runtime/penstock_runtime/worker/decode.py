@@ -1,0 +1,183 @@
+"""The decode worker: control server and engine of one process."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+from penstock_runtime.engine.compute import report_failure
+from penstock_runtime.engine.decode import DecodeEngine
+from penstock_runtime.engine.group_link import GroupLink, incarnations
+from penstock_runtime.kvcache.pool import PagePool
+from penstock_runtime.scheduler.decode import DecodeScheduler
+from penstock_runtime.transfer.ownership import GrantLedger
+from penstock_runtime.worker.publisher import Publisher
+from penstock_wire.messages import Cancel, Generate, Groups, Subscribe
+from penstock_wire.sockets import ControlClient, ControlServer, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from penstock_runtime.engine.compute import Compute
+    from penstock_runtime.engine.runner import DecodeRunner
+    from penstock_runtime.kvcache.base import KVLayout
+    from penstock_runtime.scheduler.decode import DecodeSettings
+    from penstock_runtime.transfer.base import Region, Transfer
+    from penstock_runtime.worker.http import Health
+    from penstock_wire.keys import Keys
+    from penstock_wire.messages import Control, GroupAddress, Hello, Load
+    from penstock_wire.names import Resolver
+    from penstock_wire.sockets import LinkState
+
+
+class DecodeWorker:
+    """Control server and engine.
+
+    Args:
+        hello: who this worker is.
+        bind: of the control server.
+        arena, layout: the KV pool's memory, and its pages with all layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        hello: Hello,
+        bind: str,
+        keys: Keys,
+        resolver: Resolver,
+        health: Health,
+        runner: DecodeRunner,
+        compute: Compute,
+        transfer: Transfer,
+        arena: Region,
+        layout: KVLayout,
+        settings: DecodeSettings,
+    ) -> None:
+        self._hello = hello
+        self._keys = keys
+        self._resolver = resolver
+        self._health = health
+        self._transfer = transfer
+        self._arena = arena
+        self._layout = layout
+        self._incarnations = incarnations()
+        pool = PagePool(hello.pages, hello.page_size)
+        self._ledger = GrantLedger(pool)
+        self.engine = DecodeEngine(
+            scheduler=DecodeScheduler(pool, hello.max_model_len, settings),
+            pool=pool,
+            ledger=self._ledger,
+            runner=runner,
+            compute=compute,
+            model_digest=hello.model_digest,
+            open_group=self._open_group,
+        )
+        self._publisher = Publisher(self.engine)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = ControlServer(
+            bind,
+            hello=lambda: hello,
+            keys=keys,
+            on_message=self._on_message,
+            on_join=lambda _: None,
+            on_lost=self._on_lost,
+            state=lambda: health.state,
+        )
+
+    def _open_group(self, group: GroupAddress, owner: DecodeEngine) -> GroupLink:
+        return GroupLink(
+            group,
+            hello=self._hello,
+            connect=self._connect,
+            transfer=self._transfer,
+            arena=self._arena,
+            layout=self._layout,
+            ledger=self._ledger,
+            incarnations=self._incarnations,
+            owner=owner,
+        )
+
+    def _connect(
+        self,
+        address: str,
+        on_message: Callable[[Control], None],
+        on_state: Callable[[LinkState, Hello | None], None],
+    ) -> ControlClient:
+        return ControlClient(
+            address,
+            self._hello,
+            self._keys,
+            on_message=on_message,
+            on_state=on_state,
+            resolver=self._resolver,
+        )
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Bind and serve. Raises OSError if the address is taken."""
+        await self._server.start()
+        self._spawn(self.engine.run(), "decode engine")
+        self._spawn(self._publisher.run(self._load), "publisher")
+
+    async def drain(self, seconds: float) -> None:
+        """Let the requests here end; hand the rest back after `seconds`."""
+        self._publisher.publish(self._load())
+        await self.engine.drain(seconds)
+
+    async def close(self) -> None:
+        """Stop: no transfer of this process touches memory any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.engine.close()
+        await self._server.close()
+
+    def _spawn(self, coroutine: Coroutine[object, object, None], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(report_failure)
+
+    # --- messages ------------------------------------------------------------------------------
+
+    def _on_message(self, session: Session, message: Control) -> None:
+        if session.hello.role != "router":
+            return
+        if isinstance(message, Generate):
+            self.engine.generate(message, session, partial(session.send))
+        elif isinstance(message, Cancel):
+            self.engine.cancel(message.request_id)
+        elif isinstance(message, Groups):
+            self.engine.set_groups(message.groups)
+        elif isinstance(message, Subscribe):
+            self._publisher.subscribe(session, self._load())
+
+    def _on_lost(self, session: Session) -> None:
+        self._publisher.unsubscribe(session)
+        self.engine.owner_lost(session)
+
+    def _load(self) -> Load:
+        return self.engine.load(self._health.state)
+
+    def describe(self) -> Mapping[str, object]:
+        """Return the JSON of /state."""
+        engine, stats = self.engine, self.engine.stats
+        counts = engine.pool.counts()
+        return {
+            "role": "decode",
+            "busy": not engine.scheduler.idle,
+            "groups_ready": list(engine.groups_ready),
+            "fences": engine.fences,
+            "preemptions": engine.scheduler.preemptions,
+            "dropped_notifications": dict(self._ledger.dropped),
+            "steps": stats.steps,
+            "tokens": stats.tokens,
+            "requests": stats.requests,
+            "remote_prefills": stats.remote_prefills,
+            "remote_cuts": stats.remote_cuts,
+            "compute_seconds": stats.compute_seconds,
+            "pages": {name: getattr(counts, name) for name in counts.__slots__},
+        }

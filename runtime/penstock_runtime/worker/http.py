@@ -1,0 +1,90 @@
+"""A worker's HTTP side: health, readiness, state and metrics. No client ever talks to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import uvicorn
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from penstock_wire.names import split_address
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+WorkerState: TypeAlias = Literal["starting", "ready", "draining"]
+
+
+@dataclass(slots=True)
+class Health:
+    """What a worker says of itself; the worker changes it, HTTP and heartbeats read it."""
+
+    state: WorkerState = "starting"
+    progress: float = 0.0
+    """Share of the start that is done, 0 … 1."""
+    message: str = ""
+
+
+def create_app(
+    health: Health, registry: CollectorRegistry, describe: Callable[[], Mapping[str, object]]
+) -> FastAPI:
+    """Return the application. `describe` gives the JSON of /state: pages by state, requests."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"state": health.state}
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        ready = health.state == "ready"
+        body = {
+            "ready": ready,
+            "state": health.state,
+            "progress": round(health.progress, 3),
+            "message": health.message,
+        }
+        return JSONResponse(body, status_code=200 if ready else 503)
+
+    @app.get("/state")
+    async def state() -> JSONResponse:
+        return JSONResponse(dict(describe()))
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to the worker."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI, address: str) -> AsyncIterator[None]:
+    """Serve the application on host:port while the context lasts. Raises OSError if it cannot."""
+    host, port = split_address(address)
+    try:
+        listener = socket.create_server((host, port), reuse_port=False)
+    except OSError as error:
+        raise OSError(f"cannot serve health and metrics on {address}: {error}") from error
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        await task
+        listener.close()

@@ -1,0 +1,295 @@
+"""The prefill worker: one stage of a group, and its leader if it is stage 0."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from penstock_runtime.engine.chain import Chain, Member
+from penstock_runtime.engine.compute import report_failure
+from penstock_runtime.engine.leader import Leader
+from penstock_runtime.engine.stage import PrefillStage
+from penstock_runtime.kvcache.pool import PagePool
+from penstock_runtime.scheduler.prefill import PrefillScheduler
+from penstock_runtime.worker.publisher import Publisher
+from penstock_wire.messages import (
+    Form,
+    LinkEcho,
+    Message,
+    OpenLink,
+    Prefill,
+    Prepare,
+    Revoke,
+    StepPlan,
+    Subscribe,
+)
+from penstock_wire.sockets import ControlClient, ControlServer, LinkDown, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping
+
+    import torch
+
+    from penstock_runtime.engine.compute import Compute
+    from penstock_runtime.engine.kv_writer import KvWriter
+    from penstock_runtime.engine.ring import ActivationRing
+    from penstock_runtime.engine.stage import ChunkRunner
+    from penstock_runtime.scheduler.chunk_planner import ChunkPlanner
+    from penstock_runtime.worker.http import Health, WorkerState
+    from penstock_wire.keys import Keys
+    from penstock_wire.messages import Control, Hello, Load
+    from penstock_wire.names import Resolver
+    from penstock_wire.sockets import LinkState
+
+log = logging.getLogger(__name__)
+
+
+class PrefillWorker:
+    """Control server, stage and, on stage 0, leader of one process.
+
+    Args:
+        hello: who this stage is; its `stages`, `stage` and `pages` describe the group.
+        bind: of the control server.
+        peers: control addresses of stages 1 … P-1, for stage 0; empty elsewhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        hello: Hello,
+        bind: str,
+        peers: list[str],
+        keys: Keys,
+        resolver: Resolver,
+        health: Health,
+        runner: ChunkRunner,
+        compute: Compute,
+        ring: ActivationRing,
+        kv: KvWriter,
+        planner: ChunkPlanner,
+    ) -> None:
+        self._hello = hello
+        self._health = health
+        self._kv = kv
+        self._leader_session: Session | None = None
+        self._sessions: dict[str, Session] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._moved = asyncio.Event()
+        self._server = ControlServer(
+            bind,
+            hello=lambda: hello,
+            keys=keys,
+            on_message=self._on_message,
+            on_join=self._on_join,
+            on_lost=self._on_lost,
+            state=lambda: health.state,
+        )
+        first = hello.stage == 0
+        self.stage = PrefillStage(
+            hello.stage,
+            hello.stages,
+            runner=runner,
+            compute=compute,
+            ring=ring,
+            kv=kv,
+            to_leader=self._to_leader,
+            prompt_tokens=self._prompt_tokens if first else None,
+        )
+        self._member = Member(hello.stage, self.stage, ring)
+        self.leader: Leader | None = None
+        self._chain: Chain | None = None
+        self._publisher: Publisher | None = None
+        self._clients: list[ControlClient] = []
+        if first:
+            self._lead(peers, keys, resolver, planner)
+
+    def _lead(
+        self, peers: list[str], keys: Keys, resolver: Resolver, planner: ChunkPlanner
+    ) -> None:
+        hello = self._hello
+        pool = PagePool(hello.pages, hello.page_size)
+        scheduler = PrefillScheduler(hello.stages, pool, planner)
+        leader = Leader(
+            scheduler, pool, self.stage, model_digest=hello.model_digest, reply=self._reply
+        )
+        self._clients = [
+            ControlClient(
+                address,
+                hello,
+                keys,
+                on_message=leader.from_stage,
+                on_state=lambda state, peer, i=i: self._on_stage(i, state, peer),  # type: ignore[misc]
+                resolver=resolver,
+            )
+            for i, address in enumerate(peers, start=1)
+        ]
+        self._chain = Chain(
+            self._clients,
+            self._member,
+            pages=hello.pages,
+            on_formed=leader.formed,
+            on_broken=leader.broken,
+        )
+        leader.lead(self._chain)
+        self.leader = leader
+        self._publisher = Publisher(leader)
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Bind, and connect to the other stages. Raises OSError if the address is taken."""
+        await self._server.start()
+        for client in self._clients:
+            client.start()
+        if self.leader is not None and self._chain is not None and self._publisher is not None:
+            self._spawn(self._chain.run(), "chain")
+            self._spawn(self.leader.run(), "leader")
+            self._spawn(self._publisher.run(self._load), "publisher")
+
+    async def drain(self, seconds: float) -> None:
+        """Let the prompts in the pipeline end, for at most `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._busy():
+                    self._moved.clear()
+                    await self._moved.wait()
+
+    def _busy(self) -> bool:
+        return self.stage.busy or (self.leader is not None and not self.leader.scheduler.idle)
+
+    async def close(self) -> None:
+        """Stop: no transfer of this process touches memory any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in self._clients:
+            await client.close()
+        await self._server.close()
+        await self._kv.close()
+        await self.stage.end()
+
+    def _spawn(self, coroutine: Coroutine[object, object, None], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(report_failure)
+
+    # --- messages ------------------------------------------------------------------------------
+
+    def _on_join(self, session: Session) -> None:
+        hello = session.hello
+        if hello.role == "decode":
+            self._sessions[_receiver(hello)] = session
+        elif hello.role == "prefill":
+            self._leader_session = session
+
+    def _on_lost(self, session: Session) -> None:
+        hello = session.hello
+        if hello.role == "decode":
+            receiver = _receiver(hello)
+            self._sessions.pop(receiver, None)
+            self._kv.receiver_lost(receiver)
+            if self.leader is not None:
+                self.leader.receiver_lost(receiver)
+        elif session is self._leader_session:
+            self._leader_session = None
+        if self._publisher is not None:
+            self._publisher.unsubscribe(session)
+
+    def _on_message(self, session: Session, message: Control) -> None:
+        role = session.hello.role
+        if role == "decode":
+            self._from_decode(session, message)
+        elif role == "prefill" and session is self._leader_session:
+            self._from_leader(session, message)
+        elif role == "router" and isinstance(message, Subscribe) and self._publisher is not None:
+            self._publisher.subscribe(session, self._load())
+
+    def _from_decode(self, session: Session, message: Control) -> None:
+        receiver = _receiver(session.hello)
+        if isinstance(message, OpenLink) and message.target.receiver == receiver:
+            self._kv.open(message.target, session.send)
+            if self.leader is not None:
+                self.leader.drop_older(receiver, message.target.incarnation)
+        elif isinstance(message, LinkEcho):
+            self._kv.echo(receiver, message)
+        elif isinstance(message, Revoke):
+            self._kv.revoke(receiver, message, session.send)
+            if self.leader is not None:
+                self.leader.revoke(receiver, message.grant)
+        elif isinstance(message, Prefill) and self.leader is not None:
+            self.leader.prefill(receiver, message)
+
+    def _from_leader(self, session: Session, message: Control) -> None:
+        if isinstance(message, StepPlan):
+            self.stage.submit(message)
+        elif isinstance(message, Prepare | Form):
+            self._spawn(self._member.handle(message, session.send), "member")
+
+    def _on_stage(self, stage: int, state: LinkState, hello: Hello | None) -> None:
+        assert self._chain is not None
+        self._chain.link_changed(stage, state, hello)
+
+    def _to_leader(self, message: Message) -> None:
+        self._moved.set()
+        if self.leader is not None:
+            self.leader.from_stage(message)
+        elif self._leader_session is not None:
+            with contextlib.suppress(LinkDown):
+                self._leader_session.send(message)
+
+    def _reply(self, receiver: str, message: Message) -> None:
+        session = self._sessions.get(receiver)
+        if session is not None:
+            with contextlib.suppress(LinkDown):
+                session.send(message)
+
+    def _prompt_tokens(self, key: int, start: int, length: int) -> torch.Tensor:
+        assert self.leader is not None
+        return self.leader.prompt_tokens(key, start, length)
+
+    def _load(self) -> Load:
+        assert self.leader is not None
+        return self.leader.load(self.state)
+
+    @property
+    def state(self) -> WorkerState:
+        """What routers are told: a group that is not formed is still starting."""
+        if self._health.state == "ready" and self._chain is not None and not self._chain.formed:
+            return "starting"
+        return self._health.state
+
+    def describe(self) -> Mapping[str, object]:
+        """Return the JSON of /state."""
+        stats = self.stage.stats
+        described: dict[str, object] = {
+            "role": "prefill",
+            "stage": self._hello.stage,
+            "busy": self._busy(),
+            "steps": stats.steps,
+            "tokens": stats.tokens,
+            "compute_seconds": stats.compute_seconds,
+            "wait_seconds": stats.wait_seconds,
+            "exposed_transfer_seconds": stats.exposed_transfer_seconds,
+            "kv_bytes_written": self._kv.bytes_written,
+            "kv_bytes_read": self._kv.bytes_read,
+        }
+        if self.leader is not None and self._chain is not None:
+            counts = self.leader.pool.counts()
+            described |= {
+                "epoch": self._chain.epoch,
+                "formed": self._chain.formed,
+                "costs": [
+                    msgspec.structs.asdict(cost) for cost in self.leader.scheduler.stage_costs()
+                ],
+                "pages": {name: getattr(counts, name) for name in counts.__slots__},
+            }
+        return described
+
+
+def _receiver(hello: Hello) -> str:
+    return f"{hello.name}/{hello.boot_id}"

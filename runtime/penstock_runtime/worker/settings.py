@@ -1,0 +1,177 @@
+"""The settings of `penstock-worker`: one typed field each, with unit, default and why.
+
+The command line is made from the fields. A flag given twice counts as given last, so that the local
+cluster can append what differs on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from penstock_runtime.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSettings:
+    """What one worker process is told."""
+
+    role: Literal["prefill", "decode"]
+    name: str
+    model: str
+    bind: str
+    http: str
+    keys: Path
+    revision: str
+    device: Literal["cpu", "cuda"]
+    dtype: str
+    kv_memory: int
+    page_size: int
+    max_model_len: int
+    threads: int
+    hosts_file: Path | None
+    model_cache: Path | None
+    model_token_file: Path | None
+    hub_endpoint: str | None
+    net_device: str
+    group: str
+    stage: int
+    stages: int
+    peers: str
+    chunk_mode: Literal["adaptive", "fixed"]
+    max_chunk_tokens: int
+    max_batch: int
+    local_prefill_tokens: int
+    drain_seconds: float
+
+    def peer(self, stage: int) -> str:
+        """Return the control address of another stage of this group."""
+        return self.peers.replace("{i}", str(stage))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    p = argparse.ArgumentParser(
+        prog="penstock-worker",
+        description="One worker of a Penstock service: a stage of a prefill pipeline, or a decode "
+        "worker. Started by the operator or by `penstock up`, seldom by hand.",
+        allow_abbrev=False,
+    )
+    a = p.add_argument
+    a("--role", required=True, choices=["prefill", "decode"])
+    a("--name", required=True, help="name of this process, unique in the service (the pod's name)")
+    a("--model", required=True, help="file:///directory or hf://organisation/name[@revision]")
+    a("--bind", required=True, help="host:port of the control server")
+    a("--http", required=True, help="host:port of health, state and metrics")
+    a("--keys", required=True, type=Path, help="directory with the service's CURVE key pair")
+    a("--revision", default="", help="revision of the service that this process belongs to")
+    a("--device", default="cpu", choices=["cpu", "cuda"])
+    a(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of weights, activations and KV; auto: as the checkpoint says (default: auto)",
+    )
+    a(
+        "--kv-memory",
+        type=_quantity,
+        default="1Gi",
+        help="memory for KV pages, for example 4Gi; taken whole at start, so that a full cache is "
+        "never a surprise (default: 1Gi)",
+    )
+    a(
+        "--page-size",
+        type=_positive,
+        default=32,
+        help="tokens a KV page: 32 is where attention over pages and the share of a page that a "
+        "prompt wastes are both near their best (default: 32)",
+    )
+    a(
+        "--max-model-len",
+        type=int,
+        default=0,
+        help="longest sequence in tokens; 0: as the model's configuration says (default: 0)",
+    )
+    a("--threads", type=_positive, default=1, help="compute threads (default: 1)")
+    a("--hosts-file", type=Path, help="JSON object of host names and addresses, instead of DNS")
+    a("--model-cache", type=Path, help="folder for downloaded models (default: the hub's own)")
+    a("--model-token-file", type=Path, help="file with the hub's access token")
+    a("--hub-endpoint", help="address of the hub, for a mirror (default: the hub's own)")
+    a(
+        "--net-device",
+        default="",
+        help="network device for KV and activations, for example eth0 (default: all)",
+    )
+    a("--group", default="", help="prefill group")
+    a("--stage", type=int, default=0, help="this stage, from 0")
+    a("--stages", type=_positive, default=1, help="stages in the group")
+    a("--peers", default="", help="control address of stage {i} of the group")
+    a(
+        "--chunk-mode",
+        default="adaptive",
+        choices=["adaptive", "fixed"],
+        help="adaptive: chunks of equal predicted time; fixed: of --max-chunk-tokens "
+        "(default: adaptive)",
+    )
+    a(
+        "--max-chunk-tokens",
+        type=_positive,
+        default=512,
+        help="most tokens in one step: bounds the memory for activations and, on a decode worker, "
+        "how long a prompt can hold up the others (default: 512)",
+    )
+    a("--max-batch", type=_positive, default=64, help="most requests in one step (default: 64)")
+    a(
+        "--local-prefill-tokens",
+        type=int,
+        default=64,
+        help="a decode worker prefills remainders up to this many tokens itself: sending them "
+        "away would cost more than computing them (default: 64)",
+    )
+    a(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        help="after SIGTERM, wait this long for running requests (default: 30)",
+    )
+    return p
+
+
+def parse(arguments: Sequence[str] | None = None) -> WorkerSettings:
+    """Return the settings of a command line. Raises ConfigurationError on values that conflict."""
+    settings = WorkerSettings(**vars(parser().parse_args(arguments)))
+    if settings.role == "prefill":
+        if not 0 <= settings.stage < settings.stages:
+            raise ConfigurationError(
+                f"--stage {settings.stage} is not in a group of {settings.stages} stages "
+                f"(0 … {settings.stages - 1})"
+            )
+        if not settings.group:
+            raise ConfigurationError("a prefill stage needs --group, the name of its group")
+        if settings.stages > 1 and "{i}" not in settings.peers:
+            raise ConfigurationError(
+                "a group of several stages needs --peers with {i} where the stage's number "
+                "stands, for example chat-prefill-0-{i}.chat-workers:7000"
+            )
+    return settings
+
+
+def _quantity(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]|[KMG]i)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory, write for example 2Gi")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)

@@ -1,0 +1,209 @@
+"""Our forward equals transformers', however the prompt is cut, paged and batched."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock_runtime.attention.base import Segment
+from penstock_runtime.attention.dense import DenseAttention
+from penstock_runtime.attention.paged_cpu import PagedCpuAttention
+from penstock_runtime.kvcache.base import pages_for
+from penstock_runtime.kvcache.tensors import PoolTensor
+from penstock_runtime.model import linear
+from penstock_runtime.model.config import ModelConfig
+from penstock_runtime.model.transformer import Transformer
+
+from .checkpoints import CONFIGS, MAX_TOKENS, PROMPTS, Reference, reference, save
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda name: reference(CONFIGS[name], root / name))
+
+
+def stages(path: Path, cuts: list[int], **options) -> list[Transformer]:
+    """Load a model as pipeline stages with borders at the layers `cuts`."""
+    config = ModelConfig.from_directory(path)
+    borders = [0, *cuts, config.layers]
+    return [
+        Transformer.load(
+            path,
+            config,
+            layers=(first, last),
+            embed=first == 0,
+            head=last == config.layers,
+            dtype=options.get("dtype", torch.float32),
+            device=CPU,
+            attention=options.get("attention"),
+        )
+        for first, last in itertools.pairwise(borders)
+    ]
+
+
+class Sequences:
+    """Sequences of one model with KV in a pool a stage, as far as they were computed."""
+
+    def __init__(self, models: list[Transformer], page_size: int, count: int) -> None:
+        self.models = models
+        self.page_size = page_size
+        pages = pages_for(MAX_TOKENS, page_size)
+        shuffled = list(range(count * pages + 1))
+        random.Random(page_size).shuffle(shuffled)
+        self.pages = [shuffled[index * pages : (index + 1) * pages] for index in range(count)]
+        self.done = [0] * count
+        borders = [0]
+        for model in models:
+            borders.append(borders[-1] + model.num_layers)
+        self.pools = [
+            PoolTensor(
+                model.config.kv_layout(layers=cut, page_size=page_size, dtype=model.dtype),
+                len(shuffled),
+                dtype=model.dtype,
+                device=CPU,
+            ).tensor
+            for model, cut in zip(models, itertools.pairwise(borders), strict=True)
+        ]
+        for pool in self.pools:
+            pool.normal_(0, 50)  # what other requests left behind
+
+    def step(self, parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        """Compute the next tokens of some sequences together; return all their logits."""
+        segments, positions = [], []
+        for index, tokens in parts:
+            start, length = self.done[index], len(tokens)
+            used = pages_for(start + length, self.page_size)
+            segments.append(Segment(start=start, length=length, pages=self.pages[index][:used]))
+            positions.append(torch.arange(start, start + length))
+            self.done[index] += length
+        position = torch.cat(positions)
+        with torch.inference_mode():
+            hidden = self.models[0].embed(torch.cat([tokens for _, tokens in parts]))
+            for model, pool in zip(self.models, self.pools, strict=True):
+                plan = model.attention.plan(segments, self.page_size, CPU)
+                hidden = model.forward(hidden, position, plan, pool)
+            return self.models[-1].logits(hidden)
+
+
+def prefill(sequences: Sequences, tokens: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Return the logits of one prompt, computed in chunks of the given lengths, repeated."""
+    logits, start, turn = [], 0, 0
+    while start < len(tokens):
+        part = tokens[start : start + chunks[turn % len(chunks)]]
+        logits.append(sequences.step([(0, part)]))
+        start, turn = start + len(part), turn + 1
+    return torch.cat(logits)
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_equals_transformers(name, references):
+    known: Reference = references(name)
+    sequences = Sequences(stages(known.path, [2]), page_size=8, count=1)
+    logits = prefill(sequences, known.tokens[0], [19, 1, 1, 24])
+    assert_equal(logits, known.logits[0])
+
+
+@given(
+    name=st.sampled_from(["llama", "llama-mha", "mistral", "qwen2-yarn", "qwen3"]),
+    page_size=st.sampled_from([1, 2, 3, 8, 16, 32, 128]),
+    chunks=st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=4),
+    cut=st.integers(1, 3),
+    gather_tokens=st.sampled_from([1, 16, 40, 4096]),
+)
+@settings(max_examples=15, deadline=None)
+def test_chunks_pages_and_stages_do_not_matter(
+    references, name, page_size, chunks, cut, gather_tokens
+):
+    known: Reference = references(name)
+    models = stages(known.path, [cut], attention=PagedCpuAttention(gather_tokens))
+    sequences = Sequences(models, page_size, count=1)
+    assert_equal(prefill(sequences, known.tokens[1], chunks), known.logits[1])
+
+
+batches = st.lists(
+    st.dictionaries(
+        st.integers(0, PROMPTS - 1),
+        st.one_of(st.just(1), st.integers(1, 40)),
+        min_size=1,
+        max_size=PROMPTS,
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(
+    name=st.sampled_from(["llama", "qwen2", "qwen3-yarn"]),
+    page_size=st.sampled_from([2, 8, 32]),
+    steps=batches,
+    gather_tokens=st.sampled_from([1, 64, 4096]),
+    attention=st.sampled_from([PagedCpuAttention, DenseAttention]),
+)
+@settings(max_examples=20, deadline=None)
+def test_sequences_of_a_batch_do_not_touch_each_other(
+    references, name, page_size, steps, gather_tokens, attention
+):
+    known: Reference = references(name)
+    backend = attention(gather_tokens) if attention is PagedCpuAttention else attention()
+    sequences = Sequences(stages(known.path, [], attention=backend), page_size, count=PROMPTS)
+    for step in steps:
+        parts, expected = [], []
+        for index, length in step.items():
+            window = slice(sequences.done[index], sequences.done[index] + length)
+            if len(known.tokens[index, window]):
+                parts.append((index, known.tokens[index, window]))
+                expected.append(known.logits[index, window])
+        if parts:
+            assert_equal(sequences.step(parts), torch.cat(expected))
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama-llama3", "qwen3"])
+def test_half_precision_stays_close_to_float32(name, dtype, native, references, monkeypatch):
+    """Computed in the dtype itself, and widened as on CPUs that lack instructions for it."""
+    monkeypatch.setattr(linear, "_multiplies_natively", lambda _: native)
+    known: Reference = references(name)
+    sequences = Sequences(stages(known.path, [2], dtype=dtype), page_size=8, count=1)
+    logits = prefill(sequences, known.tokens[0], [40, 1])
+    error = (logits - known.logits[0]).std() / known.logits[0].std()
+    assert logits.dtype == torch.float32
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_a_sharded_checkpoint_gives_the_same_logits(references, tmp_path):
+    known: Reference = references("qwen2")
+    save(CONFIGS["qwen2"], tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    sequences = Sequences(stages(tmp_path, [1]), page_size=16, count=1)
+    assert_equal(prefill(sequences, known.tokens[0], [33]), known.logits[0])
+
+
+def test_forward_leaves_its_input_as_it_was(references):
+    known: Reference = references("llama")
+    (model,) = stages(known.path, [])
+    sequences = Sequences([model], page_size=8, count=1)
+    with torch.inference_mode():
+        hidden = model.embed(known.tokens[0, :5])
+        before = hidden.clone()
+        plan = model.attention.plan([Segment(start=0, length=5, pages=[0])], 8, CPU)
+        model.forward(hidden, torch.arange(5), plan, sequences.pools[0])
+    assert torch.equal(hidden, before)
