@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from penstock_operator.errors import PenstockError
 from penstock_operator.labels import ROLES
 from penstock_operator.local import commands
+from penstock_operator.local.logs import silence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone; Python must not complain of it at exit
+        silence(sys.stdout)
         return 1
 
 

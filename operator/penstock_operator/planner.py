@@ -13,7 +13,7 @@ Two revisions whose KV layouts differ cannot work together, so a service works i
 every role has a ready replica of it. The *anchor* is a layout that works, the target's if that
 does. What shrink leaves alone for it:
 
-    while another layout is the anchor     its ready replicas
+    while another layout is the anchor     n of its ready replicas
     once the target's layout is the anchor its last ready replica of each role
     of any other old layout                one prefill group while it has decode workers,
                                            one decode worker while it has routers
@@ -176,7 +176,8 @@ def _budget(role: Role, roles: Mapping[Role, _Role]) -> _Budget:
         if not _works(roles, goal, without=role):
             ready = dict.fromkeys(layouts, 0)
     elif anchor is not None and anchor in layouts:
-        ready[anchor] = ready[anchor] - 1 if anchor == goal else 0
+        needed = 1 if anchor == goal else own.target.replicas
+        ready[anchor] = max(0, ready[anchor] - needed)
     for layout in layouts - {goal}:
         if role in _AFTER and roles[_AFTER[role]].asked_in(layout):
             total[layout] -= 1

@@ -100,22 +100,21 @@ class Router:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Follow the fleet and probe it for as long as the context is open."""
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(self.fleet.close)
-            tasks = [
-                asyncio.create_task(self.fleet.run(), name="fleet"),
-                asyncio.create_task(self.readiness.run(), name="readiness"),
-            ]
-            try:
+        """Follow the fleet and probe it for as long as the context is open.
+
+        If either breaks, the body is cancelled: a router that is blind must not look alive.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self.fleet.run(), name="fleet"),
+                    group.create_task(self.readiness.run(), name="readiness"),
+                ]
                 yield
-            finally:
                 for task in tasks:
                     task.cancel()
-                results = await asyncio.gather(*tasks, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+        finally:
+            await self.fleet.close()
 
 
 class _Server(uvicorn.Server):
@@ -182,6 +181,7 @@ async def serve(settings: Settings) -> None:
         access_log=False,
         lifespan="off",
         server_header=False,
+        timeout_keep_alive=75,  # above the 60 s after which common load balancers drop a connection
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     async with router.running():

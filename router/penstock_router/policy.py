@@ -3,7 +3,7 @@
 The cost of a pair is the time until its client has the answer:
 
     cost = wait for KV room on the decode worker
-         + the slower of nothing and: queue of whoever prefills + prefill of the uncached part
+         + queue of whoever prefills + prefill of the uncached part
          + expected output tokens x the decode worker's time a token once this request is in
 
 Every term comes from what the workers publish (`Load`) and from the prefix index; nothing is a
@@ -95,10 +95,10 @@ def prefill_seconds(cost: CostCoefficients, stages: int, cached: int, new: int) 
     """Return the predicted time to prefill `new` tokens after `cached` ones, in seconds.
 
     With W = t(L, x) - c the work of the whole prompt and P stages, M chunks of equal time take
-    (W + M c)(1 + (P - 1) / M), least at M* = sqrt((P - 1) W / c), where it is
-    (sqrt(W) + sqrt((P - 1) c))² + c for P = 1 and without the last term otherwise. `cost` is the
-    slowest stage's. The terms are those of the pipeline's cost model and chunk plan; the queue is
-    left out.
+    (W + M c)(1 + (P - 1) / M). That is least at M* = sqrt((P - 1) W / c), where it is
+    (sqrt(W) + sqrt((P - 1) c))²; one chunk, (W + c) P, is best when M* < 1 and for one stage. The
+    formula is that of the prefill pipeline's chunk plan, with `cost` that of the slowest stage.
+    Left out: the queue, and that small chunks lose efficiency.
     """
     if new <= 0:
         return 0.0

@@ -287,7 +287,7 @@ class Proxy:
             now = time.monotonic()
             if now >= deadline:
                 raise self._nobody(run)
-            await self._fleet.changed(min(deadline, *avoid.values(), deadline) - now)
+            await self._fleet.changed(min([deadline, *avoid.values()]) - now)
 
     def _check_attempts(self, run: _Run) -> None:
         if run.attempts >= self._max_attempts:
@@ -320,7 +320,7 @@ def _failure(failed: Failed) -> Exception:
     if failed.retriable:
         return _Retry(failed.code, failed.message)
     if failed.code == "too_long":
-        return InvalidRequest(failed.message, param="messages", code="context_length_exceeded")
+        return InvalidRequest(failed.message, code="context_length_exceeded")
     if failed.code == "invalid":
         return InvalidRequest(failed.message, code="invalid_value")
     if failed.code == "overloaded":

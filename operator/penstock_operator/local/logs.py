@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -53,8 +54,16 @@ class Terminal:
             return
         try:
             print(text, file=self._stream, flush=True)
-        except (BrokenPipeError, ValueError):
+        except BrokenPipeError:
             self._gone = True
+            silence(self._stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Send what a stream still holds to nowhere: its reader has gone, and closing would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class LogFile:

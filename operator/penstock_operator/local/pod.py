@@ -170,7 +170,7 @@ class LocalPod:
 
     async def _run_once(self) -> None:
         """Run the process to its end, and say why it ended."""
-        process = await Process.start(self.launch.argv, self.launch.env, self._print)
+        process = Process(self.launch.argv, self.launch.env, self._print)
         self._process = process
         self._prober = Prober(
             self.launch,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from penstock_operator.local.logs import LineSplitter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import TypeAlias
+
+    OnLine: TypeAlias = Callable[[str], None]
 
 _SHIM = Path(__file__).with_name("exec_shim.py")
 _DRAIN_SECONDS = 1.0
@@ -23,72 +27,85 @@ _DRAIN_SECONDS = 1.0
 class Process:
     """A running program. It dies with this process, also when that one is killed.
 
-    Start it from the main thread only, see `exec_shim`.
+    Belongs to one event loop, in the main thread (see `exec_shim`). asyncio's own subprocesses are
+    not used, because their `wait` lasts until every holder of the output pipe has ended, and a
+    crashed program's children may hold it for ever.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> None:
-        self.pid = process.pid
-        self.started = start_time(process.pid)
-        """With the pid it names the process for good: pids are used again."""
-        self.last_line = ""
-        self._process = process
-        self._on_line = on_line
-        self._output = asyncio.create_task(self._read_output())
-
-    @classmethod
-    async def start(
-        cls, argv: Sequence[str], env: Mapping[str, str], on_line: Callable[[str], None]
-    ) -> Process:
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], on_line: OnLine) -> None:
         """Start `argv` in a session of its own; every line it prints goes to `on_line`.
 
         A program that cannot be run ends with code 127 and says why.
         """
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            "-S",
-            str(_SHIM),
-            str(os.getpid()),
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+        self._popen = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_SHIM), str(os.getpid()), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
         )
-        return cls(process, on_line)
+        self.pid = self._popen.pid
+        self.started = start_time(self.pid)
+        """With the pid it names the process for good: pids are used again."""
+        self.last_line = ""
+        self._on_line = on_line
+        self._lines = LineSplitter()
+        self._loop = asyncio.get_running_loop()
+        self._exited: asyncio.Future[int] = self._loop.create_future()
+        self._silent: asyncio.Future[None] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(self.pid)
+        self._loop.add_reader(self._pidfd, self._reap)
+        assert self._popen.stdout is not None
+        self._output = self._popen.stdout
+        os.set_blocking(self._output.fileno(), False)
+        self._loop.add_reader(self._output, self._read_output)
 
     async def wait(self) -> int:
         """Wait for the end and for the last output; return the exit code, -N for signal N.
 
-        What the process left behind in its session's group is killed.
+        What the process left behind in its group is killed.
         """
-        code = await self._process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        try:
-            await asyncio.wait_for(asyncio.shield(self._output), _DRAIN_SECONDS)
-        except TimeoutError:
-            self._output.cancel()
+        code = await asyncio.shield(self._exited)
+        await asyncio.wait([self._silent], timeout=_DRAIN_SECONDS)
+        self._close_output()
         return code
 
     def terminate(self) -> None:
         """Ask it to drain and end."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        if not self._exited.done():
+            self._popen.terminate()
 
     def kill(self) -> None:
         """End it, and everything it started, now."""
-        with contextlib.suppress(ProcessLookupError):
+        if not self._exited.done():
             os.killpg(self.pid, signal.SIGKILL)
 
-    async def _read_output(self) -> None:
-        stream = self._process.stdout
-        assert stream is not None
-        lines = LineSplitter()
-        while data := await stream.read(65536):
-            self._emit(lines.feed(data))
-        self._emit(lines.finish())
+    def _reap(self) -> None:
+        """The process has ended; until it is reaped nobody else can have its pid or group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._exited.set_result(self._popen.wait())
+
+    def _read_output(self) -> None:
+        try:
+            data = os.read(self._output.fileno(), 65536)
+        except BlockingIOError:
+            return
+        if data:
+            self._emit(self._lines.feed(data))
+        else:
+            self._close_output()
+
+    def _close_output(self) -> None:
+        if self._silent.done():
+            return
+        self._silent.set_result(None)
+        self._loop.remove_reader(self._output)
+        self._output.close()
+        self._emit(self._lines.finish())
 
     def _emit(self, lines: list[str]) -> None:
         for line in lines:

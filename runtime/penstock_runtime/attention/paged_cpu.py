@@ -8,7 +8,10 @@ the whole pool first (a thousand times slower, measured).
 
 A prefill chunk is the triangle of its own tokens (causal) and the rectangle before it (no mask, the
 query heads of a group folded into rows), merged exactly by their logsumexps: a causal flag alone is
-aligned to the top left, and a mask is slow. Decode rows of similar length share a call.
+aligned to the top left, and a mask is slow.
+
+Decode rows of similar length share a call. A row is padded to a length that follows from its own
+alone, so its bits do not depend on the rows beside it.
 
 The flash kernel is an operator private to torch, called nowhere else.
 """
@@ -30,10 +33,10 @@ if TYPE_CHECKING:
 
     from penstock_runtime.attention.base import Segment
 
-_GATHER_TOKENS = 4096
-"""Tokens copied at a time. With 8 KV heads of 128 elements in bfloat16: 16 MiB."""
-_MIN_FILL = 0.75
-"""Decode rows share a call if the shorter has at least this part of the longer one's pages."""
+_BLOCK_TOKENS = 4096
+"""Tokens of a long sequence copied at a time. With 8 KV heads of 128 bfloat16: 16 MiB."""
+_GROUP_TOKENS = 1024
+"""Tokens of short sequences copied at a time: their one read should still find them in cache."""
 
 
 @dataclass(slots=True)
@@ -74,10 +77,8 @@ class DecodeGroup:
     rows: torch.Tensor
     """Their rows in the batch, (B,)."""
     gather: Gather
-    tokens: int
-    """Keys of the longest."""
-    mask: torch.Tensor | None
-    """(B, 1, 1, tokens): 0 for a row's own keys, -inf for padding; None if all are as long."""
+    mask: torch.Tensor
+    """(B, 1, 1, keys): 0 for a row's own keys, -inf for padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class CpuPlan:
 
 @dataclass(slots=True)
 class _Scratch:
-    """Memory for gathered pages, used again by every gather: at most _GATHER_TOKENS tokens."""
+    """Memory for gathered pages, used again by every gather."""
 
     buffers: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
 
@@ -111,28 +112,36 @@ class PagedCpuAttention(AttentionBackend[CpuPlan]):
     measure; that costs two clock reads a gather.
     """
 
-    def __init__(self, gather_tokens: int = _GATHER_TOKENS) -> None:
+    def __init__(
+        self, block_tokens: int = _BLOCK_TOKENS, group_tokens: int = _GROUP_TOKENS
+    ) -> None:
         self.timings: Timings | None = None
-        self._gather_tokens = gather_tokens
+        self._block_tokens = block_tokens
+        self._group_tokens = group_tokens
         self._scratch = _Scratch()
 
     def plan(self, segments: Sequence[Segment], page_size: int, device: torch.device) -> CpuPlan:
-        """Sort the batch's rows into chunks and groups of decode rows."""
+        """Sort the batch's rows into chunks and groups of decode rows.
+
+        A decode row with a long sequence is planned as a chunk of one token: its pages are then
+        copied in blocks, so that the scratch memory has a bound.
+        """
         chunks: list[Chunk] = []
         decodes: list[tuple[int, Segment]] = []
-        max_pages = max(1, self._gather_tokens // page_size)
         row = 0
         for segment in segments:
-            if segment.length == 1:
+            if segment.length == 1 and segment.start < self._block_tokens:
                 decodes.append((row, segment))
             else:
+                max_pages = max(1, self._block_tokens // page_size)
                 chunks.append(_plan_chunk(row, segment, page_size, max_pages))
             row += segment.length
+        pages = [segment.start // page_size + 1 for _, segment in decodes]
+        by_size = group_by_size(pages, self._group_tokens // page_size)
         groups = [
-            _plan_group([decodes[index] for index in members], page_size)
-            for members in group_by_size(
-                [segment.start // page_size + 1 for _, segment in decodes], max_pages
-            )
+            _plan_group([decodes[index] for index in members], size, page_size)
+            for size, size_groups in by_size.items()
+            for members in size_groups
         ]
         return CpuPlan(Slots.of(segments, page_size, device), chunks, groups)
 
@@ -194,8 +203,8 @@ class PagedCpuAttention(AttentionBackend[CpuPlan]):
         kv_heads, head_dim = kv_layer.shape[2], kv_layer.shape[4]
         q_BNH = q_TNH[group.rows]
         q_BKGH = q_BNH.view(len(q_BNH), kv_heads, -1, head_dim)
-        kv = self._gather(group.gather, kv_layer, q_TNH.dtype)[:, :, :, : group.tokens]
-        mask = None if group.mask is None else group.mask.to(q_TNH.dtype)
+        kv = self._gather(group.gather, kv_layer, q_TNH.dtype)
+        mask = group.mask.to(q_TNH.dtype)
         out_BKGH, _ = _flash(q_BKGH, kv[0], kv[1], scale, mask=mask)
         out_TNH[group.rows] = out_BKGH.reshape(q_BNH.shape)
 
@@ -231,21 +240,27 @@ def merge(
     return merged, torch.logaddexp(lse, other_lse)
 
 
-def group_by_size(pages: Sequence[int], max_pages: int) -> list[list[int]]:
-    """Return the indices of `pages` in groups that are padded to their largest member.
+def padded_pages(pages: int) -> int:
+    """Return to how many pages a sequence of `pages` is padded: an eighth more at the most.
 
-    A group has at most `max_pages` pages with its padding (or one member), and no member has less
-    than _MIN_FILL of the largest one's pages. Every index is in exactly one group.
+    With p in [2^k, 2^(k+1)), p is rounded up to a multiple of 2^(k-3), so few lengths remain.
     """
-    groups: list[list[int]] = []
-    largest = 0
-    for index in sorted(range(len(pages)), key=lambda index: -pages[index]):
-        fits = groups and (len(groups[-1]) + 1) * largest <= max_pages
-        if fits and pages[index] >= _MIN_FILL * largest:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-            largest = pages[index]
+    step = 1 << max(0, pages.bit_length() - 4)
+    return -(-pages // step) * step
+
+
+def group_by_size(pages: Sequence[int], max_pages: int) -> dict[int, list[list[int]]]:
+    """Return the indices of `pages` in groups, by the pages that their members are padded to.
+
+    A group has at most `max_pages` pages in all, or one member. Every index is in one group.
+    """
+    by_size: dict[int, list[int]] = {}
+    for index, count in enumerate(pages):
+        by_size.setdefault(padded_pages(count), []).append(index)
+    groups = {}
+    for size, members in by_size.items():
+        count = max(1, max_pages // size)
+        groups[size] = [members[at : at + count] for at in range(0, len(members), count)]
     return groups
 
 
@@ -268,24 +283,21 @@ def _plan_chunk(row: int, segment: Segment, page_size: int, max_pages: int) -> C
     )
 
 
-def _plan_group(members: list[tuple[int, Segment]], page_size: int) -> DecodeGroup:
-    lengths = [segment.start + 1 for _, segment in members]
-    longest = max(lengths)
-    width = -(-longest // page_size)
+def _plan_group(members: list[tuple[int, Segment]], size: int, page_size: int) -> DecodeGroup:
+    lengths = torch.tensor([segment.start + 1 for _, segment in members])
     # Padding repeats a page of the sequence itself: finite values, masked.
     table = [
-        [*pages, *[pages[0]] * (width - len(pages))]
-        for pages in (list(segment.pages)[:width] for _, segment in members)
+        [*pages, *[pages[0]] * (size - len(pages))]
+        for pages in (
+            list(segment.pages)[: segment.start // page_size + 1] for _, segment in members
+        )
     ]
-    mask = None
-    if min(lengths) < longest:
-        padding = torch.arange(longest) >= torch.tensor(lengths)[:, None]
-        mask = torch.zeros(padding.shape).masked_fill_(padding, -torch.inf)[:, None, None]
+    padding = torch.arange(size * page_size) >= lengths[:, None]
+    mask = torch.zeros(padding.shape).masked_fill_(padding, -torch.inf)
     return DecodeGroup(
         rows=torch.tensor([row for row, _ in members]),
         gather=Gather(torch.tensor(table, dtype=torch.int64)),
-        tokens=longest,
-        mask=mask,
+        mask=mask[:, None, None],
     )
 
 

@@ -15,7 +15,7 @@ from penstock_runtime.scheduler.nonnegative import solve_nonnegative
 from penstock_wire.messages import CostCoefficients
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 Vector: TypeAlias = tuple[float, float, float, float]
 """One number for each of c, gamma, b, a."""
@@ -45,7 +45,7 @@ class Cost:
     def step(self, chunks: Iterable[Chunk]) -> float:
         """Return the seconds of one step that computes all of `chunks`; 0 for none."""
         features = _features(chunks)
-        return _dot(self._vector(), features) if features[2] else 0.0
+        return _dot(self.vector(), features) if features[2] else 0.0
 
     def chunk(self, start: int, length: int) -> float:
         """Return the seconds of a step with one chunk."""
@@ -82,7 +82,8 @@ class Cost:
         """Return a peer's coefficients. Raises ValueError if one is negative or not finite."""
         return cls(published.c, published.gamma, published.b, published.a)
 
-    def _vector(self) -> Vector:
+    def vector(self) -> Vector:
+        """Return (c, gamma, b, a)."""
         return (self.c, self.gamma, self.b, self.a)
 
 
@@ -94,41 +95,53 @@ and attention equals the linear layers at a context of 30,000."""
 class CostModel:
     """Cost, fitted online by recursive least squares with a forgetting factor.
 
-    What is minimised is the weighted sum of squared *relative* errors, an observation k steps ago
-    weighing `forgetting`^k, over coefficients that are not negative. The normal equations are kept
-    (the information form), in units in which the seed is (1, 1, 1, 1), so that they are well
-    scaled for any hardware. Each solution is also pulled, with the weight `INERTIA`, towards the
-    one before: a direction in which nothing was observed for long keeps its last value, and the
-    estimate cannot wind up.
+    What is minimised is the sum of squared *relative* errors over coefficients that are not
+    negative. The information matrix is kept (not its inverse, the covariance), in units in which
+    the seed is (1, 1, 1, 1), so that it is well scaled for any hardware. A new observation makes
+    older ones forgotten only in its own direction (Cao and Schwartz, A directional forgetting
+    algorithm based on the decomposition of the information matrix, Automatica 36, 2000): what was
+    learned of long prompts is still known after an hour of short ones, and nothing winds up.
 
     A measurement further off than `OUTLIER` times the usual error counts as one that is only that
-    far off (Huber): a process that was paused for a minute moves the model by little, while a
-    lasting change widens the usual error and is followed within tens of steps.
+    far off (Huber): a process that was paused for a minute moves the model by little. But when
+    most errors have one sign, something changed for good, and the past is forgotten in all
+    directions.
     """
 
-    INERTIA = 1e-3
+    PRIOR = 1e-3
+    """Information in the seed, an observation having at most 1: it decides only what no
+    observation does."""
+    TRIAL = 10
+    """Steps until an outlier can be told from a seed that is far off."""
     OUTLIER = 3.0
     LEAST_SPREAD = 0.02
     """Relative; measurements are never trusted further than this."""
     SPREAD_MEMORY = 0.05
+    BIAS = 0.6
+    """Share of the usual error that has one sign, beyond which it is not chance: three standard
+    deviations of a mean with the weight SPREAD_MEMORY."""
+    CHANGED = 0.8
+    """Share of the information that is kept in a step after a lasting change."""
     ERROR_MEMORY = 0.05
 
-    def __init__(self, seed: Cost | None = None, forgetting: float = 0.99) -> None:
+    def __init__(self, seed: Cost | None = None, forgetting: float = 0.98) -> None:
         """Start from `seed`, whose size is trusted if it is given, from DEFAULT_COST if not."""
         if not 0 < forgetting <= 1:
             raise ValueError(f"a forgetting factor lies in (0, 1], not at {forgetting}")
-        seed_or_default = seed or DEFAULT_COST
+        start = seed or DEFAULT_COST
         self._forgetting = forgetting
-        self._sized = seed is not None
-        # A coefficient seeded with 0 can still be learned: its unit comes from the default one.
-        self._unit: Vector = tuple(  # type: ignore[assignment]
-            value or default
-            for value, default in zip(_vector(seed_or_default), _vector(DEFAULT_COST), strict=True)
-        )
-        self._solution = [v / u for v, u in zip(_vector(seed_or_default), self._unit, strict=True)]
-        self._information = [[0.0] * 4 for _ in range(4)]
-        self._target = [0.0] * 4
+        # The first steps of a process are slow ones: the size is taken from the second.
+        self._unsized_steps = 0 if seed is not None else 2
+        # A coefficient seeded with 0 can still be learned: its unit follows from that of b.
+        size = (start.b or DEFAULT_COST.b) / DEFAULT_COST.b
+        self._unit = [
+            value or size * default
+            for value, default in zip(start.vector(), DEFAULT_COST.vector(), strict=True)
+        ]
+        self._solution = [v / u for v, u in zip(start.vector(), self._unit, strict=True)]
+        self._information = _diagonal(self.PRIOR)
         self._spread = 1.0
+        self._bias = 0.0
         self.samples = 0
         self.error = 0.0
         """A moving mean of |predicted - measured| / measured, predicted before learning from it."""
@@ -143,31 +156,30 @@ class CostModel:
         return self.cost.to_wire(self.error)
 
     def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:
-        """Learn from one step that computed `chunks` in `seconds`; an empty step is ignored."""
+        """Learn from one step that computed `chunks` in `seconds`.
+
+        Nothing is learned from a step without tokens, or a time that is not positive and finite.
+        """
         features = _features(chunks)
         if not features[2] or not math.isfinite(seconds) or seconds <= 0:
             return
-        if not self._sized:
-            self._set_size(seconds / _dot(_vector(self.cost), features))
-        predicted = _dot(_vector(self.cost), features)
-        if predicted <= 0:
-            # All that these features touch was learned to be free: start over at this size.
-            self._solution = [1.0] * 4
-            self._set_size(seconds / _dot(_vector(self.cost), features))
-            predicted = seconds
+        parts = [u * f for u, f in zip(self._unit, features, strict=True)]
+        predicted = _dot(self._solution, parts)
+        if self._unsized_steps or predicted <= 0:
+            self._unsized_steps = max(0, self._unsized_steps - 1)
+            parts, predicted = self._take_size(parts, seconds), seconds
         self._note_error(predicted, seconds)
         ratio = self._without_outlier(seconds / predicted)
-        self._accumulate(
-            [u * f / predicted for u, f in zip(self._unit, features, strict=True)], ratio
-        )
-        self._solve()
+        self._update([p / predicted for p in parts], ratio)
         self.samples += 1
 
-    def _set_size(self, factor: float) -> None:
-        self._unit = tuple(u * factor for u in self._unit)  # type: ignore[assignment]
-        self._information = [[0.0] * 4 for _ in range(4)]
-        self._target = [0.0] * 4
-        self._sized = True
+    def _take_size(self, parts: list[float], seconds: float) -> list[float]:
+        """Start over with the seed's proportions, so scaled that `parts` take `seconds`."""
+        factor = seconds / sum(parts)
+        self._unit = [u * factor for u in self._unit]
+        self._solution = [1.0] * 4
+        self._information = _diagonal(self.PRIOR)
+        return [part * factor for part in parts]
 
     def _note_error(self, predicted: float, seconds: float) -> None:
         error = abs(predicted - seconds) / seconds
@@ -176,28 +188,36 @@ class CostModel:
         self.error += weight * (error - self.error)
 
     def _without_outlier(self, ratio: float) -> float:
-        limit = self.OUTLIER * self._spread
+        limit = self.OUTLIER * self._spread if self.samples >= self.TRIAL else math.inf
         deviation = max(-limit, min(limit, ratio - 1))
         weight = max(self.SPREAD_MEMORY, 1 / (self.samples + 2))
         self._spread += weight * (abs(deviation) - self._spread)
+        self._bias += weight * (deviation - self._bias)
         self._spread = max(self.LEAST_SPREAD, min(1.0, self._spread))
         return 1 + deviation
 
-    def _accumulate(self, row: list[float], value: float) -> None:
-        for i, left in enumerate(row):
-            self._target[i] = self._forgetting * self._target[i] + left * value
-            for j, right in enumerate(row):
-                self._information[i][j] = self._forgetting * self._information[i][j] + left * right
+    def _update(self, row: list[float], value: float) -> None:
+        """Move to the least point of the old information's distance and the new squared error."""
+        solution = self._solution
+        if self.samples >= self.TRIAL and abs(self._bias) > self.BIAS * self._spread:
+            self._forget()
+        information = self._information
+        along = [_dot(line, row) for line in information]
+        # What is taken away along the row, as a share of what is known there.
+        share = (1 - self._forgetting) / _dot(along, row)
+        for i in range(4):
+            for j in range(4):
+                information[i][j] -= share * along[i] * along[j]
+        vector = [_dot(information[i], solution) + row[i] * value for i in range(4)]
+        for i in range(4):
+            for j in range(4):
+                information[i][j] += row[i] * row[j]
+        self._solution = solve_nonnegative(information, vector)
 
-    def _solve(self) -> None:
-        matrix = [row.copy() for row in self._information]
-        vector = self._target.copy()
-        for i, previous in enumerate(self._solution):
-            # Per coefficient in proportion to its own information, so that it slows none down.
-            inertia = self.INERTIA * min(1.0, self._information[i][i]) + 1e-9
-            matrix[i][i] += inertia
-            vector[i] += inertia * previous
-        self._solution = solve_nonnegative(matrix, vector)
+    def _forget(self) -> None:
+        known = sum(self._information[i][i] for i in range(4))
+        if known > 4 * self.PRIOR:
+            self._information = [[self.CHANGED * x for x in line] for line in self._information]
 
 
 def _features(chunks: Iterable[Chunk]) -> Vector:
@@ -209,9 +229,9 @@ def _features(chunks: Iterable[Chunk]) -> Vector:
     return (1.0, float(cached), float(tokens), float(pairs))
 
 
-def _vector(cost: Cost) -> Vector:
-    return (cost.c, cost.gamma, cost.b, cost.a)
+def _diagonal(value: float) -> list[list[float]]:
+    return [[value if i == j else 0.0 for j in range(4)] for i in range(4)]
 
 
-def _dot(left: Vector, right: Vector) -> float:
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(left, right, strict=True))

@@ -96,8 +96,9 @@ class NixlThread:
         return future
 
     async def close(self) -> None:
-        """End every agent, then the thread."""
-        await self.call(self._destroy_all)
+        """End every agent, then the thread. Raises TransferError if either is not possible."""
+        if self._failure is None:
+            await self.call(self._destroy_all)
         self._stopping = True
         self._commands.put(_nothing)
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
@@ -174,8 +175,14 @@ class NixlThread:
         return active
 
     def _destroy_all(self) -> None:
+        errors = []
         for endpoint in list(self._endpoints):
-            self.destroy(endpoint)
+            try:
+                self.destroy(endpoint)
+            except TransferError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _fail_all(self) -> None:
         for future in list(self._waiting):

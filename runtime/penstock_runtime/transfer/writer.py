@@ -50,7 +50,8 @@ class WriterLedger:
     """The operations of this stage for one receiver. Not thread-safe: the event loop owns it.
 
     A grant belongs to one incarnation of the receiver's agent; incarnations rise. A process serves
-    only grants of the incarnation that was opened to it, never those of its predecessor.
+    only grants of the incarnation that was opened to it, never those of its predecessor. A stage is
+    told of a grant once, never again.
     """
 
     def __init__(self) -> None:

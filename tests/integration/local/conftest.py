@@ -34,7 +34,7 @@ def eventually(what: str, check: Callable[[], Any]) -> Any:
         found = check()
         if found:
             return found
-        time.sleep(0.05)
+        time.sleep(0.1)
     raise AssertionError(f"did not happen within {DEADLINE_SECONDS:.0f} s: {what}")
 
 

@@ -1,4 +1,4 @@
-"""The local executor on real processes: start, restart, scale, roll, end; nothing is left behind."""
+"""The local executor on real processes: it starts, restarts, scales, rolls and ends them all."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class FakeWorker:
     """A decode worker, or stage 0 of a prefill group."""
 
     endpoint: Endpoint
-    choose: Chooser = hashed_token(range(10, 100))
+    choose: Chooser = field(default_factory=lambda: hashed_token(range(10, 100)))
     boot: int = 1
     kv_layout: str = "layout"
     model_digest: str = "digest"
@@ -95,7 +95,8 @@ class FakeWorker:
         """Tokens flow while it is set."""
         self.gate.set()
         self.pause_at: int | None = None
-        """Output position before which the gate closes by itself."""
+        """Output position before which the gate closes by itself, and `paused` is set."""
+        self.paused = asyncio.Event()
         self.links: list[FakeLink] = []
         self.arrived = asyncio.Event()
 
@@ -163,9 +164,9 @@ class FakeWorker:
                 self.running[message.request_id] = task
                 task.add_done_callback(lambda _: self.running.pop(message.request_id, None))
             case Cancel():
-                task = self.running.pop(message.request_id, None)
-                if task is not None:
-                    task.cancel()
+                running = self.running.pop(message.request_id, None)
+                if running is not None:
+                    running.cancel()
 
     async def _answer(self, generate: Generate, link: FakeLink) -> None:
         if self.refuse is not None and not _is_canary(generate):
@@ -206,6 +207,7 @@ class FakeWorker:
         if position == self.pause_at:
             self.pause_at = None
             self.gate.clear()
+            self.paused.set()
         await self.gate.wait()
 
     def _next(self, generate: Generate, position: int) -> tuple[TokenOut, str]:

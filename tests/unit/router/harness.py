@@ -20,7 +20,7 @@ from penstock_router.settings import Settings
 from penstock_wire.messages import Hello
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from penstock_router.auth import KeyFile
     from tests.unit.router.fake_worker import FakeCluster
@@ -46,6 +46,13 @@ class Service:
 
     async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         return await self.http.post(path, json=body)
+
+
+async def eventually(true: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait for what has no event to wait for."""
+    async with asyncio.timeout(seconds):
+        while not true():  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.005)
 
 
 def settings(**changes: Any) -> Settings:
@@ -77,7 +84,9 @@ async def serving(
         keys=keys,
         rng=random.Random(1),
     )
-    listener = socket.create_server(("127.0.0.1", 0))
+    # With the protocol named, as uvicorn has it: asyncio sets TCP_NODELAY on such sockets only.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
         router.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
     )
@@ -94,9 +103,7 @@ async def serving(
     ):
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            async with asyncio.timeout(10):
-                while not server.started:
-                    await asyncio.sleep(0.005)
+            await eventually(lambda: server.started)
             yield Service(router, model, base_url, http, client)
         finally:
             await http.aclose()

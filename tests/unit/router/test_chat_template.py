@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -9,6 +9,9 @@ from penstock_router.errors import ConfigurationError, InvalidRequest
 from penstock_router.openai.chat_template import ChatTemplate, load_chat_template
 from penstock_router.served_model import load_served_model
 from tests.unit.router.tiny_models import byte_level, write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -63,8 +66,8 @@ def test_a_syntax_error_stops_the_start() -> None:
 def test_where_a_template_is_found(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path, {}) is None
     named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
-    for config, text in [({"chat_template": "X"}, "X"), ({"chat_template": named}, "D")]:
-        template = load_chat_template(tmp_path, config)
+    for source, text in [("X", "X"), (named, "D")]:
+        template = load_chat_template(tmp_path, {"chat_template": source})
         assert template is not None
         assert template.render(HI) == text
     (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}file")
@@ -78,6 +81,7 @@ def test_a_checkpoint_is_read(tmp_path: Path) -> None:
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
     model = load_served_model(directory, name="n", created=5)
     end = byte_level().token_to_id("<|end|>")
+    assert end is not None
     assert model.eos_ids == tuple(sorted({7, 8, 9, end}))
     assert model.max_model_len == 64
     assert model.chat_template is not None

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +14,9 @@ from penstock_router.discovery import (
     parse_endpoints,
 )
 from penstock_router.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DECODE = {"name": "d0", "role": "decode", "address": "127.0.0.1:7000"}
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import openai
 import pytest
 
@@ -20,11 +18,14 @@ from tests.unit.router.fake_worker import (
     prefill_worker,
     script,
 )
-from tests.unit.router.harness import MODEL, Service, serving
+from tests.unit.router.harness import MODEL, Service, eventually, serving
 from tests.unit.router.tiny_models import byte_level, write_checkpoint
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 TOKENIZER = byte_level()
-END = TOKENIZER.token_to_id("<|end|>")
+END: int = TOKENIZER.token_to_id("<|end|>") or 0
 HI: list[Any] = [{"role": "user", "content": "hello world"}]
 
 
@@ -127,10 +128,11 @@ async def test_a_lost_worker_does_not_change_the_stream(checkpoint: Path, per_me
             worker.received.clear()
             worker.pause_at = 15
         streaming = asyncio.create_task(stream_text(service, seed=7, max_tokens=40))
-        async with asyncio.timeout(10):
-            while not (started := [w for w in workers if not w.gate.is_set()]):
-                await asyncio.sleep(0.005)
-        victim = started[0]
+        waits = [asyncio.create_task(worker.paused.wait()) for worker in workers]
+        await asyncio.wait(waits, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        victim = next(worker for worker in workers if worker.paused.is_set())
+        for wait in waits:
+            wait.cancel()
         survivor = workers[1 - workers.index(victim)]
         survivor.pause_at = None
         victim.kill()
@@ -183,17 +185,13 @@ async def test_a_disconnect_cancels_at_the_worker(checkpoint: Path, stream: bool
             "/v1/chat/completions", {"model": MODEL, "messages": HI, "stream": stream}
         )
         task = asyncio.create_task(request)
-        async with asyncio.timeout(10):
-            while worker.gate.is_set():
-                await asyncio.sleep(0.005)
+        await asyncio.wait_for(worker.paused.wait(), 10)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await worker.until(lambda: bool(worker.cancelled()), seconds=1.0)
         assert worker.cancelled() == [worker.generates()[0].request_id]
         assert not worker.running
-        async with asyncio.timeout(1):
-            while service.router.proxy.running:
-                await asyncio.sleep(0.005)
+        await eventually(lambda: not service.router.proxy.running, seconds=1)
         text = (await service.http.get("/metrics")).text
     assert 'outcome="cancelled"' in text
 
@@ -339,13 +337,11 @@ async def test_a_failure_in_mid_stream_is_an_event(checkpoint: Path) -> None:
         await service.until_ready()
         worker.pause_at = 4
         stream = await service.openai.chat.completions.create(model=MODEL, messages=HI, stream=True)
-        seen = 0
+        for _ in range(4):
+            await anext(stream)
+        worker.kill()
         with pytest.raises(openai.APIError, match="could take the request"):
-            async for _ in stream:
-                seen += 1
-                if seen == 4:
-                    worker.kill()
-    assert seen == 4
+            await anext(stream)
 
 
 async def test_a_full_queue_is_429_with_retry_after(checkpoint: Path) -> None:
@@ -417,10 +413,11 @@ async def test_prefill_groups_are_announced_probed_and_used(checkpoint: Path) ->
 async def test_a_failed_canary_is_a_reason(checkpoint: Path) -> None:
     worker = decode_worker(choose=lambda generate, position: 1 // 0)
     async with serving(FakeCluster(worker), checkpoint, canary_seconds=0.05) as service:
-        async with asyncio.timeout(5):
-            while "no token within" not in (text := (await service.http.get("/ready")).text):
-                await asyncio.sleep(0.01)
-    assert "decode-0" in text
+        readiness = service.router.readiness
+        await eventually(lambda: "no token within" in readiness.reasons()[0])
+        answer = await service.http.get("/ready")
+    assert answer.status_code == 503
+    assert "canary of decode-0 failed" in answer.json()["reasons"][0]
 
 
 BAD_CHATS: list[tuple[dict[str, Any], int, str | None]] = [
@@ -515,8 +512,8 @@ async def test_bad_completions_are_refused(checkpoint: Path) -> None:
             answer = await service.post("/v1/completions", {"model": MODEL, "prompt": prompt})
             assert answer.status_code == 400, (prompt, answer.text)
             assert answer.json()["error"]["param"] == param
-        for change, param in [({"echo": True}, "echo"), ({"logprobs": 21}, "logprobs")]:
-            body = {"model": MODEL, "prompt": "x"} | change
+        for param, value in [("echo", True), ("logprobs", 21)]:
+            body = {"model": MODEL, "prompt": "x", param: value}
             answer = await service.post("/v1/completions", body)
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == param
@@ -629,9 +626,7 @@ async def test_an_endpoint_that_is_not_listed_any_more_ends_its_streams(checkpoi
         await service.until_ready()
         old.pause_at = 3
         streaming = asyncio.create_task(stream_text(service, seed=1, max_tokens=8))
-        async with asyncio.timeout(10):
-            while old.gate.is_set():
-                await asyncio.sleep(0.005)
+        await asyncio.wait_for(old.paused.wait(), 10)
         cluster.list(new)
         await new.until(lambda: bool(new.received))
         await service.until_ready()
@@ -640,9 +635,7 @@ async def test_an_endpoint_that_is_not_listed_any_more_ends_its_streams(checkpoi
         text = await streaming
         assert text == await stream_text(service, seed=1, max_tokens=8)
         assert len(new.generates()) == 1
-        async with asyncio.timeout(5):
-            while old.links:
-                await asyncio.sleep(0.005)
+        await eventually(lambda: not old.links)
 
 
 async def test_a_client_that_leaves_at_once_leaves_nothing_behind(checkpoint: Path) -> None:
@@ -658,12 +651,11 @@ async def test_a_client_that_leaves_at_once_leaves_nothing_behind(checkpoint: Pa
 
         worker.pause_at = 50
         await asyncio.gather(*(leave() for _ in range(20)))
-        async with asyncio.timeout(1):
-            while service.router.proxy.running or service.router.proxy.waiting or worker.running:
-                await asyncio.sleep(0.005)
+        proxy = service.router.proxy
+        await eventually(lambda: not (proxy.running or proxy.waiting or worker.running), seconds=1)
 
 
-async def test_the_client_library_sees_httpx_errors_as_usual(checkpoint: Path) -> None:
+async def test_the_client_library_knows_the_errors(checkpoint: Path) -> None:
     async with serving(FakeCluster(decode_worker()), checkpoint) as service:
         await service.until_ready()
         with pytest.raises(openai.NotFoundError) as missing:
@@ -672,4 +664,3 @@ async def test_the_client_library_sees_httpx_errors_as_usual(checkpoint: Path) -
         with pytest.raises(openai.BadRequestError) as bad:
             await service.openai.chat.completions.create(model=MODEL, messages=HI, temperature=9)
         assert bad.value.param == "temperature"
-        assert isinstance(service.http, httpx.AsyncClient)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import httpx
 import pytest
 
 from penstock_router import auth
@@ -12,6 +12,9 @@ from penstock_router.settings import Settings, parse
 from tests.unit.router.fake_worker import FakeCluster, decode_worker
 from tests.unit.router.harness import serving
 from tests.unit.router.tiny_models import write_checkpoint
+
+if TYPE_CHECKING:
+    import httpx
 
 NEEDED = [
     "--model",

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from penstock_router.errors import ConfigurationError
 from penstock_router.openai.tokenizer import TextTokenizer
 from tests.unit.router.tiny_models import byte_level, metaspace
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BYTE_LEVEL = TextTokenizer(byte_level())
 METASPACE = TextTokenizer(metaspace())

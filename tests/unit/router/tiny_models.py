@@ -1,4 +1,4 @@
-"""Tiny checkpoints without weights: real tokenizers of the two kinds that matter, made on the spot."""
+"""Tiny checkpoints without weights: real tokenizers of the two kinds, made on the spot."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_chunks_pages_and_stages_do_not_matter(
     references, name, page_size, chunks, cut, gather_tokens
 ):
     known: Reference = references(name)
-    models = stages(known.path, [cut], attention=PagedCpuAttention(gather_tokens))
+    models = stages(known.path, [cut], attention=PagedCpuAttention(gather_tokens, gather_tokens))
     sequences = Sequences(models, page_size, count=1)
     assert_equal(prefill(sequences, known.tokens[1], chunks), known.logits[1])
 

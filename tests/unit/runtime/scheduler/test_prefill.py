@@ -259,18 +259,21 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 def test_a_stream_of_short_prompts_does_not_starve_a_long_one() -> None:
     scheduler = scheduler_of(1, PagePool(4000, 4), max_tokens=64)
     scheduler.add(request(0, prompt_of(1000, 0)), 0.0)
-    progress: list[int] = []
-    for grant in range(1, 60):
+    left = 1000
+    for grant in range(1, 150):
         for i in range(4):
             scheduler.add(request(10 * grant + i, prompt_of(32, 10 * grant + i)), 0.0)
         plan = planned(scheduler)
-        seconds = COST.step([Chunk(i.start, i.length) for i in plan.items])
-        scheduler.step_done(done(plan, seconds=seconds))
+        chunks = [Chunk(i.start, i.length) for i in plan.items]
+        scheduler.step_done(done(plan, seconds=COST.step(chunks)))
         scheduler.released(0, 0, plan.release)
-        progress.append(sum(i.length for i in plan.items if i.key == 0))
-    assert sum(progress) == 1000
-    # It has a claim to half of each step, and a step is at most 64 tokens.
-    assert all(length >= 24 for length in progress[: 1000 // 32])
+        old = [Chunk(i.start, i.length) for i in plan.items if i.key == 0]
+        left -= sum(length for _, length in old)
+        if not left:
+            break
+        # It has a claim to half of each step, to a page.
+        assert COST.step(old) >= 0.5 * COST.step(chunks) - COST.work(old[0].start, old[0].start + 4)
+    assert left == 0
 
 
 def test_prompts_of_one_size_are_served_in_their_order() -> None:

@@ -7,8 +7,8 @@ receiver's freedom to revoke or fence at any moment. What is modelled:
 - data path: a write lies in queues and kernel buffers (`moving`), lands, is seen as done by its
   writer, which then sends the announcement. The bytes of a dead writer, and those of a broken
   connection, go on moving until they land or the receiver fences. Writes overtake each other.
-- control path: messages are neither ordered among themselves nor with the data path, and may be
-  delivered twice.
+- control path: messages are neither ordered among themselves nor with the data path, and all but
+  the grant itself may be delivered twice.
 - faults, each within a budget: a writer's crash, its restart as a new process (which may be told of
   its predecessor's grants), a connection that breaks under a living writer.
 
@@ -178,7 +178,8 @@ class World:
 
     def _duplicates(self) -> Iterator[Action]:
         for message in sorted(self.to_writers):
-            if self.writers[message[1]].alive:
+            # A grant itself is told once; the rest may be repeated by its sender.
+            if message[0] != "grant" and self.writers[message[1]].alive:
                 yield f"twice {message}", partial(World.tell_writer, message=message, again=True)
         for note in sorted(self.to_receiver):
             yield f"twice {note}", partial(World.tell_receiver, note=note, again=True)
@@ -285,7 +286,7 @@ class World:
         elif kind == "revoke":
             writer.ledger.revoke(number, extra)
             self._acknowledge_from(stage)
-        elif number not in writer.work:
+        else:
             writer.work[number] = Work(extra, self.pages_of[number], self.bounds.cached)
 
     def _acknowledge_from(self, stage: int) -> None:
@@ -305,14 +306,12 @@ class World:
                 entry = writer.ledger.begin_read(grant, work.incarnation)
         except (GrantRevokedError, LinkDownError):
             del writer.work[grant]
-            return
-        except ValueError:
-            # The grant's message came twice, and this is the second time through.
-            del writer.work[grant]
+            writer.ledger.finish(grant)
             return
         work.next += 1
         if work.next == len(work.pages):
             del writer.work[grant]
+            writer.ledger.finish(grant)
         # The receiver's fence may have come first: then the post finds its peer lost.
         state = "moving" if work.incarnation == self.incarnation else "cut"
         page = work.pages[token]
@@ -464,7 +463,7 @@ def _spans(spans: Spans) -> tuple[object, ...]:
 def _writer_key(writer: Writer) -> tuple[object, ...]:
     ledger = writer.ledger
     entries = tuple(
-        (g, _spans(e.posted), len(e.under_way), e.uncertain)
+        (g, _spans(e.posted), len(e.under_way), e.uncertain, e.finished)
         for g, e in sorted(ledger._entries.items())
     )
     work = tuple((g, w.incarnation, w.next) for g, w in sorted(writer.work.items()))

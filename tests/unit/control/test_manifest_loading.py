@@ -1,0 +1,272 @@
+"""Manifests are read with their defaults, and refused with path, line and reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock_operator import api
+from penstock_operator.checks import model_problems, unavailable
+from penstock_operator.errors import ManifestError
+from penstock_operator.loader import dump_manifest, load_manifest, parse_manifest
+from penstock_operator.quantity import parse_quantity
+from tests.unit.control.samples import SAMPLES, service
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pydantic import BaseModel
+
+HEAD = """\
+apiVersion: penstock.dev/v1alpha1
+kind: InferenceService
+metadata: {name: chat}
+spec:
+  model: {uri: "hf://Qwen/Qwen3-8B"}
+"""
+
+
+def refused(text: str) -> list[str]:
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(text, source="service.yaml")
+    return [str(problem) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_samples_load_and_survive_a_round_trip(path: Path) -> None:
+    loaded = load_manifest(path.read_text())
+    assert parse_manifest(dump_manifest(loaded)) == loaded
+    assert unavailable(loaded) == []
+
+
+def test_a_model_is_enough() -> None:
+    spec = load_manifest(HEAD).spec
+    assert spec.prefill is None
+    assert (spec.decode.wanted, spec.router.wanted, spec.router.port) == (1, 1, 8000)
+    assert spec.model.served_name == "Qwen3-8B"
+    assert spec.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (
+            "  prefill:\n    pipelineParalel: 2\n",
+            "line 7: spec.prefill.pipelineParalel: unknown field; did you mean pipelineParallel?",
+        ),
+        (
+            "  decode: {replicas: 0}\n",
+            "line 6: spec.decode.replicas: input should be greater than or equal to 1, not 0",
+        ),
+        (
+            "  decode: {replicas: 1, autoscaling: {maxReplicas: 2}}\n",
+            "line 6: spec.decode: replicas and autoscaling exclude each other: keep one",
+        ),
+        (
+            "  decode: {autoscaling: {minReplicas: 3, maxReplicas: 2}}\n",
+            "line 6: spec.decode.autoscaling: minReplicas 3 is more than maxReplicas 2",
+        ),
+        (
+            "  kvCache: {memory: 1Q}\n",
+            "line 6: spec.kvCache.memory: '1Q' is not a quantity such as 500m, 2, 16Gi or 1.5G",
+        ),
+        (
+            "  kvCache: {memory: 0}\n",
+            "line 6: spec.kvCache.memory: must be more than 0",
+        ),
+        (
+            "  kvCache: {pageSize: 17}\n",
+            "line 6: spec.kvCache.pageSize: 17 is not one of 8, 16, 32, 64 or 128",
+        ),
+        (
+            "  device: tpu\n",
+            "line 6: spec.device: 'tpu' is not one of 'cpu' or 'cuda'",
+        ),
+        ("  device: cpu\n  device: cuda\n", "line 7: spec.device: given twice; keep one"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_line_and_reason(lines: str, problem: str) -> None:
+    assert refused(HEAD + lines) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("{name: x}", "spec.model.uri: required, but not given"),
+        (
+            "{uri: Qwen/Qwen3-8B}",
+            (
+                "spec.model.uri: 'Qwen/Qwen3-8B' does not begin with one of file://, hf://, "
+                "pvc://, s3://, oci://"
+            ),
+        ),
+        (
+            "{uri: 'file://models/x'}",
+            (
+                "spec.model.uri: 'file://models/x' is not absolute: write file:///PATH with "
+                "three slashes"
+            ),
+        ),
+        (
+            "{uri: 'file:///m', revision: v1}",
+            "spec.model: revision applies to hf:// repositories, and uri is file:///m",
+        ),
+        ("{uri: 'hf://'}", "spec.model.uri: 'hf://' names no model behind hf://"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(model: str, reason: str) -> None:
+    text = HEAD.replace('{uri: "hf://Qwen/Qwen3-8B"}', model)
+    assert refused(text) == [f"line 5: {reason}"]
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert len(refused(HEAD + "  device: tpu\n  prefil: {}\n  router: {port: 0}\n")) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "it holds 0 YAML documents; one InferenceService is expected"),
+        (HEAD + "---\n" + HEAD, "it holds 2 YAML documents; one InferenceService is expected"),
+        ("a: [1", "line 1: it is not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("[1, 2]", "it is not a map of fields"),
+        (
+            "apiVersion: v1\nkind: Pod\n",
+            "it is v1 Pod; expected apiVersion: penstock.dev/v1alpha1 and kind: InferenceService",
+        ),
+    ],
+)
+def test_what_is_no_manifest_is_refused(text: str, reason: str) -> None:
+    assert refused(text) == [reason]
+
+
+def test_a_name_that_pods_cannot_have_is_refused() -> None:
+    assert "metadata.name" in refused(HEAD.replace("name: chat", "name: Chat_1"))[0]
+    assert "metadata.name" in refused(HEAD.replace("name: chat", f"name: {'a' * 41}"))[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["spec", "model", "uri", "decode", "x", "kind", "metadata"]),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_any_other_data_is_refused_and_never_crashes(data: object) -> None:
+    text = yaml.safe_dump(
+        {"apiVersion": "penstock.dev/v1alpha1", "kind": "InferenceService", "a": data}
+    )
+    assert refused(text)
+
+
+def test_every_field_is_documented() -> None:
+    undocumented = [
+        f"{model.__name__}.{name}"
+        for model in _models()
+        if model.__name__
+        not in ("InferenceService", "Metadata", "Condition", "RoleStatus", "Status")
+        for name, field in model.model_fields.items()
+        if not field.description
+    ]
+    assert undocumented == []
+
+
+def _models() -> list[type[BaseModel]]:
+    return [m for m in vars(api).values() if isinstance(m, type) and issubclass(m, api.Strict)]
+
+
+# --- scaling ----------------------------------------------------------------------------------
+
+
+def test_scaling_respects_the_bounds_of_autoscaling() -> None:
+    bounded = service(decode={"autoscaling": {"maxReplicas": 3}})
+    assert bounded.scaled("decode", 3).spec.decode.wanted == 3
+    with pytest.raises(ValueError, match=r"4 is outside decode\.autoscaling: 1 to 3"):
+        bounded.scaled("decode", 4)
+    with pytest.raises(ValueError, match="the manifest has no prefill"):
+        bounded.scaled("prefill", 1)
+
+
+# --- what cannot be given ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"decode": {"tensorParallel": 8}}, "spec.decode.tensorParallel: 8 is not available yet"),
+        ({"model": {"uri": "s3://bucket/m"}}, "spec.model.uri: s3:// is not available yet"),
+        ({"device": "cuda"}, "spec.decode.resources.gpu: device cuda needs at least 1 GPU"),
+    ],
+)
+def test_what_this_release_cannot_do_is_said(spec: dict[str, object], reason: str) -> None:
+    problems = unavailable(service(**spec))
+    assert [str(problem)[: len(reason)] for problem in problems] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("spec", "config", "reason"),
+    [
+        (
+            {"prefill": {"pipelineParallel": 5}},
+            {"num_hidden_layers": 4},
+            "5 stages cannot share 4 layers",
+        ),
+        (
+            {"decode": {"tensorParallel": 3}},
+            {"num_attention_heads": 16},
+            "3 does not divide the model's 16 attention heads",
+        ),
+        (
+            {"decode": {"tensorParallel": 4}},
+            {"num_attention_heads": 24, "num_key_value_heads": 6},
+            "4 neither divides the model's 6 key/value heads",
+        ),
+        (
+            {"model": {"uri": "file:///m", "maxModelLen": 4096}},
+            {"max_position_embeddings": 2048},
+            "4096 is more than the 2048 positions",
+        ),
+        (
+            {"prefill": {"pipelineParallel": 3}},
+            {"text_config": {"num_hidden_layers": 2}},
+            "3 stages cannot share 2 layers",
+        ),
+    ],
+)
+def test_sizes_that_the_model_does_not_allow_are_refused(
+    spec: dict[str, object], config: dict[str, object], reason: str
+) -> None:
+    (problem,) = model_problems(service(**spec), config)
+    assert problem.reason.startswith(reason)
+
+
+def test_sizes_that_fit_are_accepted() -> None:
+    config = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 2}
+    fitting = service(prefill={"pipelineParallel": 28}, decode={"tensorParallel": 8})
+    assert model_problems(fitting, config) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("500m", 0.5), ("2", 2), ("1.5G", 1.5e9), ("16Gi", 16 * 2**30), ("1k", 1000), (".5Ki", 512)],
+)
+def test_quantities(text: str, value: float) -> None:
+    assert float(parse_quantity(text)) == value
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e3", "Gi", "1 Gi", "1KB", "0x1"])
+def test_what_is_no_quantity_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a quantity"):
+        parse_quantity(text)
