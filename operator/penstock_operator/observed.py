@@ -82,6 +82,11 @@ class Pod:
     groups_ready: frozenset[str] | None = None
     """Decode: prefill groups with a verified KV link to this pod. None: it has not said."""
 
+    @property
+    def story(self) -> str:
+        """What it says while it starts, with how far it is."""
+        return self.message if "%" in self.message else f"{self.message} ({self.progress:.0%})"
+
 
 @dataclass(frozen=True, slots=True)
 class RouterAnswer:

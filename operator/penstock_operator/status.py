@@ -189,10 +189,9 @@ def _model_ready(seen: Observation) -> _Verdict:
     downloading = [pod for pod in loading if pod.fault == "ModelDownloading"]
     if downloading:
         pod = downloading[0]
-        return "False", "ModelDownloading", f"{pod.name}: {pod.message} ({pod.progress:.0%})"
+        return "False", "ModelDownloading", f"{pod.name}: {pod.story}"
     if slowest is not None and slowest.message:
-        progress = f"{slowest.message} ({slowest.progress:.0%})"
-        return "False", "ModelLoading", f"{slowest.name}: {progress}"
+        return "False", "ModelLoading", f"{slowest.name}: {slowest.story}"
     return "Unknown", "NotReported", "no worker has told of the model yet"
 
 

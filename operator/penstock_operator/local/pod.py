@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from penstock_operator.local.kubelet import Launch
     from penstock_operator.local.logs import Terminal
     from penstock_operator.local.settings import LocalSettings
-    from penstock_operator.observed import PodState
+    from penstock_operator.observed import Fault, PodState
+
+_DOWNLOADING = ("fetching hf://", "downloading")
+"""How the messages of a worker begin that brings its model over the network."""
 
 
 class LocalPod:
@@ -106,11 +109,19 @@ class LocalPod:
             state=state,
             progress=1.0 if state == "ready" else _fraction(body.get("progress")),
             message=message,
-            fault="CrashLooping" if self._ended_because and state != "draining" else "",
+            fault=self._fault(state, message),
             restarts=self._restarts,
             transport=_text(details.get("transport")),
             groups_ready=frozenset(map(str, links)) if isinstance(links, list) else None,
         )
+
+    def _fault(self, state: PodState, message: str) -> Fault:
+        if state == "draining":
+            return ""
+        if self._ended_because:
+            return "CrashLooping"
+        downloading = state == "starting" and message.startswith(_DOWNLOADING)
+        return "ModelDownloading" if downloading else ""
 
     def router_answer(self) -> RouterAnswer | None:
         """Return what a router's end-to-end check said last, None if it has not answered."""

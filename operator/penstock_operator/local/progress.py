@@ -25,12 +25,12 @@ class ProgressTeller:
         """Print what is new since the last call. Crashes are told where they are seen."""
         for pod in pods:
             message = pod.message if pod.state == "starting" and not pod.fault else ""
-            now = (pod.state, message, int(pod.progress / _STEP))
+            now = (pod.state, message.partition(":")[0], int(pod.progress / _STEP))
             if self._told.get(pod.name) == now:
                 continue
             before = self._told.get(pod.name, ("", "", 0))
             self._told[pod.name] = now
             if pod.state == "starting" and message and pod.progress:
-                self._terminal.say(f"{pod.name}: {message} ({pod.progress:.0%})")
+                self._terminal.say(f"{pod.name}: {pod.story}")
             elif pod.state in ("ready", "draining") and before[0] != pod.state:
                 self._terminal.say(f"{pod.name}: {pod.state}")

@@ -237,7 +237,7 @@ class ActivationRing:
         broken = asyncio.create_task(self._broken.wait())
         try:
             await asyncio.wait({waiter, broken}, return_when=asyncio.FIRST_COMPLETED)
-            if not event.is_set():
+            if self._broken.is_set():
                 raise PipelineBroken(f"epoch {self._epoch} ended while waiting for {what}")
         finally:
             waiter.cancel()

@@ -158,10 +158,10 @@ class CostModel:
     def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:
         """Learn from one step that computed `chunks` in `seconds`.
 
-        Nothing is learned from a step without tokens, or a time that is not positive and finite.
+        Nothing is learned from a step without tokens, or a time no clock can have measured.
         """
         features = _features(chunks)
-        if not features[2] or not math.isfinite(seconds) or seconds <= 0:
+        if not features[2] or not 1e-7 <= seconds <= 1e7:
             return
         parts = [u * f for u, f in zip(self._unit, features, strict=True)]
         predicted = _dot(self._solution, parts)

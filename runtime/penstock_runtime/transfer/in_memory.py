@@ -128,9 +128,9 @@ class Fabric:
             raise PeerLost(f"{initiator.name} crashed")
         self.find(peer)
 
-    async def awake(self, name: str) -> None:
-        """Wait until this agent is not paused."""
-        while name in self._paused:
+    async def awake(self, agent: InMemoryAgent) -> None:
+        """Wait until this agent is not paused, or is gone."""
+        while agent.name in self._paused and not agent.closed:
             await self._changed.wait()
 
     def _wake(self) -> None:
@@ -229,7 +229,7 @@ class InMemoryAgent(Agent):
         self._spawn(self._deliver(notification))
 
     async def _deliver(self, notification: bytes) -> None:
-        await self._fabric.awake(self.name)
+        await self._fabric.awake(self)
         if not self.closed and not self.crashed:
             self.stats.notifications_received += 1
             self._on_notify(notification)

@@ -61,7 +61,7 @@ class WriterLedger:
         """Revoked grants whose acknowledgement has not been taken."""
         self._floor = 0
         self._link = 0
-        """The incarnation that the receiver opened last; 0: none yet."""
+        """The incarnation that the receiver opened last, from 1 on; 0: none yet."""
         self._broken = False
         """It failed here."""
 
@@ -132,7 +132,13 @@ class WriterLedger:
             self._forget_old()
 
     def take_acknowledgements(self) -> list[int]:
-        """Return the revoked grants that can be acknowledged now, each once a revocation."""
+        """Return the revoked grants that can be acknowledged now, each once a revocation.
+
+        None before a link was opened: a ledger that never had one cannot speak for an earlier
+        process, or for an earlier ledger of this one.
+        """
+        if not self._link:
+            return []
         ready = sorted(grant for grant in self._unanswered if self._is_quiet(grant))
         self._unanswered.difference_update(ready)
         return ready

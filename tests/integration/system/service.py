@@ -29,9 +29,10 @@ from penstock_wire.sockets import LinkSettings
 from tests.integration.system.checkpoint import ids
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    from penstock_runtime.kvcache.pool import PagePool
     from penstock_runtime.transfer.base import Transfer
     from penstock_runtime.worker.decode import DecodeWorker
     from penstock_runtime.worker.prefill import PrefillWorker
@@ -74,8 +75,10 @@ class Service:
 
     async def ready(self) -> None:
         """Return when a request would succeed. The test's own timeout is the deadline."""
-        while (await self.client.get("/ready")).status_code != 200:
-            await asyncio.sleep(0.02)
+        await eventually(self._is_ready, "the service to be ready")
+
+    async def _is_ready(self) -> bool:
+        return (await self.client.get("/ready")).status_code == 200
 
     async def complete(self, prompt: tuple[int, ...], count: int, **fields: object) -> Answer:
         """Return the output's tokens and how many prompt tokens were cached."""
@@ -88,18 +91,27 @@ class Service:
 
     async def settled(self) -> None:
         """Return when nothing is granted, quarantined, or held; check every page then."""
+        await eventually(self._is_quiet, "every page to be free or cached")
         for worker in self.decodes:
-            pool = worker.engine.pool
-            while not worker.engine.scheduler.idle or (
-                (counts := pool.counts()).granted + counts.quarantined + counts.resident
-            ):
-                await asyncio.sleep(0.01)
             worker.engine.ledger.check()
-        if self.stages and self.stages[0].leader is not None:
-            leader = self.stages[0].leader
-            while not leader.scheduler.idle or leader.pool.counts().resident:
-                await asyncio.sleep(0.01)
-            leader.pool.check()
+        for pool in self._pools():
+            pool.check()
+
+    async def _is_quiet(self) -> bool:
+        counts = [pool.counts() for pool in self._pools()]
+        return not any(c.granted + c.quarantined + c.resident for c in counts)
+
+    def _pools(self) -> list[PagePool]:
+        pools = [worker.engine.pool for worker in self.decodes]
+        return pools + [s.leader.pool for s in self.stages if s.leader is not None]
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Return when a condition over several objects holds; no single event announces it."""
+    deadline = asyncio.get_running_loop().time() + 30
+    while not await condition():
+        assert asyncio.get_running_loop().time() < deadline, f"waited 30 s for {what}"
+        await asyncio.sleep(0.02)
 
 
 @asynccontextmanager

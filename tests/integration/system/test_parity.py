@@ -72,8 +72,6 @@ async def test_prefix_hits_on_both_sides(
         assert three.tokens == reference.greedy(sibling, 12)
         again = await service.complete(first, 24)
         assert again.tokens == one.tokens
-        # The group lacked what decode had generated, and read it back instead of computing it.
-        assert sum(stage.describe()["kv_bytes_read"] > 0 for stage in service.stages) in {0, 2}
         await service.settled()
 
 

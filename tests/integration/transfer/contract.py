@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from penstock_runtime.transfer.base import Agent, Transfer
+    from penstock_runtime.transfer.stats import AgentStats
 
 TIMEOUT = 20.0
 
@@ -200,6 +201,23 @@ async def a_stranger_is_not_reached(transfer: Transfer) -> None:
         await _write_one(source, target)
 
 
+async def what_was_done_is_counted(transfer: Transfer) -> None:
+    source, target = await pair(transfer)
+    pages = source.arena.ranges(range(4)), target.arena.ranges(range(4))
+    await source.agent.write(target.agent.name, *pages, b"four", TIMEOUT)
+    await source.agent.read(target.agent.name, *pages, TIMEOUT)
+    await source.agent.notify(target.agent.name, b"alone")
+    assert [await target.next(), await target.next()] == [b"four", b"alone"]
+    await target.agent.fence()
+    with pytest.raises(PeerLost):
+        await _write_one(source, target)
+    stats: AgentStats = source.agent.stats  # type: ignore[attr-defined]
+    assert (stats.done, stats.failed, stats.timed_out, stats.in_flight) == (2, 1, 0, 0)
+    assert (stats.bytes_written, stats.bytes_read) == (4 * 8192, 4 * 8192)
+    assert stats.notifications_sent == 1
+    assert target.agent.stats.notifications_received == 2  # type: ignore[attr-defined]
+
+
 async def _write_one(source: Side, target: Side) -> None:
     await source.agent.write(
         target.agent.name, source.arena.ranges([1]), target.arena.ranges([2]), b"one", TIMEOUT
@@ -216,5 +234,6 @@ CONTRACT: tuple[Callable[[Transfer], Awaitable[None]], ...] = (
     a_fenced_agent_refuses_everything,
     a_fence_leaves_other_agents_alone,
     ranges_outside_of_the_regions_are_refused,
+    what_was_done_is_counted,
     a_stranger_is_not_reached,
 )

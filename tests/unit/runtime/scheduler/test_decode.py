@@ -234,6 +234,22 @@ def test_an_older_request_takes_the_pages_of_a_younger_one_to_come_back() -> Non
     sim.run()
 
 
+def test_a_request_whose_step_is_out_is_not_preempted() -> None:
+    sim = Simulation(pool_pages=10)
+    sim.groups = ()
+    sim.add("a", prompt_of(33, 1), outputs(2), group="g")
+    sim.add("b", prompt_of(9, 2), outputs(20))
+    assert sim.admit() == [Local("b")]
+    batch = sim.start_step()
+    assert batch is not None
+    sim.groups = ("g",)
+    assert sim.admit() == []
+    sim.end_step(batch)
+    (admission,) = sim.admit()
+    assert isinstance(admission, Remote)
+    sim.run()
+
+
 def test_a_request_may_fill_the_whole_pool() -> None:
     sim = Simulation(pool_pages=5)
     sim.add("a", prompt_of(15, 1), outputs(100))

@@ -99,6 +99,17 @@ async def test_a_paused_target_hears_nothing_until_it_runs() -> None:
     assert [await target.next(), await target.next()] == [b"first", b"second"]
 
 
+async def test_a_paused_agent_can_be_fenced() -> None:
+    fabric = Fabric()
+    source, target = await pair(InMemoryTransfer(fabric))
+    fabric.pause("target/1")
+    await source.agent.notify("target/1", b"never heard")
+    await asyncio.wait_for(target.agent.fence(), TIMEOUT)
+    fabric.resume("target/1")
+    await settle()
+    assert target.received.empty()
+
+
 async def test_bytes_of_a_dead_writer_still_land() -> None:
     fabric = Fabric(piece_bytes=8192)
     source, target = await pair(InMemoryTransfer(fabric))

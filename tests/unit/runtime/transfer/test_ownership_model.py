@@ -42,6 +42,14 @@ class AcknowledgesAfterAFailedWrite(WriterLedger):
         self.done(operation)
 
 
+class AcknowledgesWithoutALink(WriterLedger):
+    def take_acknowledgements(self) -> list[int]:
+        link, self._link = self._link, -1
+        ready = super().take_acknowledgements()
+        self._link = link
+        return ready
+
+
 class WritesAfterARevocation(WriterLedger):
     def ended(self, grant: int) -> bool:
         return False
@@ -112,7 +120,9 @@ MUTATIONS = {
         Rules(ledger=FreesAtRevocation), QUIET, "lands in a free page"
     ),
     "take a successor's acknowledgement": Mutation(
-        Rules(any_process_acknowledges=True), ONE_CRASH, "lands in a free page"
+        Rules(any_process_acknowledges=True, writer=AcknowledgesWithoutALink),
+        ONE_CRASH,
+        "lands in a free page",
     ),
     "link a restarted stage without a fence": Mutation(
         Rules(ledger=TrustsEveryLink, link_restarted=True), ONE_CRASH, "lands in a free page"

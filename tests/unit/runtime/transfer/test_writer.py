@@ -108,6 +108,15 @@ def test_a_link_that_was_never_opened_is_down() -> None:
         WriterLedger().begin_write(1, LINK, 0, 4)
 
 
+def test_a_ledger_without_a_link_speaks_for_nobody() -> None:
+    ledger = WriterLedger()
+    ledger.revoke(1, floor=1)
+    assert ledger.take_acknowledgements() == []
+    # A new incarnation follows a fence: nothing of an older grant is on its way any more.
+    ledger.link_opened(LINK)
+    assert ledger.take_acknowledgements() == [1]
+
+
 def test_no_token_is_written_twice() -> None:
     ledger = linked()
     ledger.done(ledger.begin_write(1, LINK, 0, 4))
