@@ -12,13 +12,13 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from penstock_runtime.engine.compute import report_failure
 from penstock_runtime.transfer.base import PeerLost, Region, TransferError, TransferTimeout
 from penstock_runtime.transfer.writer import GrantRevokedError, LinkDownError, WriterLedger
 from penstock_wire import messages
@@ -75,6 +75,7 @@ class _Link:
     reply: Reply
     agent: Agent
     nonce: bytes
+    ledger: WriterLedger
     peer: str = ""
     echoed: asyncio.Event = field(default_factory=asyncio.Event)
     up: asyncio.Event = field(default_factory=asyncio.Event)
@@ -100,7 +101,7 @@ class KvWriter:
         self._links: dict[str, _Link] = {}
         # A receiver's ledger outlives its links: revocations of an older incarnation's grants are
         # answered after it, and never for a write of which it is not certain where its bytes are.
-        self._ledgers: defaultdict[str, WriterLedger] = defaultdict(WriterLedger)
+        self._ledgers: dict[str, WriterLedger] = {}
         self._replies: dict[str, Reply] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._opening: dict[str, int] = {}
@@ -111,23 +112,37 @@ class KvWriter:
 
     def open(self, target: KvTarget, reply: Reply) -> None:
         """Open a link to this incarnation, dropping an older one."""
-        if target.incarnation <= self._opening.get(target.receiver, -1):
+        opened = self._opening.get(target.receiver, -1)
+        if target.incarnation <= opened:
+            if target.receiver not in self._ledgers:
+                # Its link was dropped here. What was in flight then is known no more: the receiver
+                # must fence, so it gets no second link to the same agent.
+                reply(
+                    LinkFailed(
+                        incarnation=target.incarnation,
+                        stage=self._identity.stage,
+                        message="this link was lost",
+                    )
+                )
             return
         self._opening[target.receiver] = target.incarnation
+        ledger = self._ledgers.setdefault(target.receiver, WriterLedger())
         self._replies[target.receiver] = reply
-        self._spawn(self._open(target, reply))
+        self._spawn(self._open(target, reply, ledger))
 
-    async def _open(self, target: KvTarget, reply: Reply) -> None:
+    async def _open(self, target: KvTarget, reply: Reply, ledger: WriterLedger) -> None:
         old = self._links.pop(target.receiver, None)
         if old is not None:
             await self._shut(old)
-        self._ledgers[target.receiver].link_opened(target.incarnation)
+        ledger.link_opened(target.incarnation)
         who = self._identity
         agent = await self._transfer.open(
             f"{who.name}/{who.boot_id}/kv/{secrets.token_hex(8)}", [self._pool], _ignore
         )
-        link = _Link(target, reply, agent, secrets.token_bytes(16))
-        if self._opening.get(target.receiver) != target.incarnation:
+        link = _Link(target, reply, agent, secrets.token_bytes(16), ledger)
+        if self._ledgers.get(target.receiver) is not ledger or (
+            self._opening[target.receiver] != target.incarnation
+        ):
             await self._shut(link)
             return
         self._links[target.receiver] = link
@@ -168,19 +183,19 @@ class KvWriter:
 
     def revoke(self, receiver: str, message: Revoke, reply: Reply) -> None:
         """Post nothing more for a grant; acknowledge when nothing of it is in flight."""
-        self._replies[receiver] = reply
-        self._ledgers[receiver].revoke(message.grant, message.floor)
-        self._acknowledge(receiver)
+        ledger = self._ledgers.get(receiver)
+        if ledger is not None:
+            self._replies[receiver] = reply
+            ledger.revoke(message.grant, message.floor)
+            self._acknowledge(receiver, ledger)
 
     def receiver_lost(self, receiver: str) -> None:
         """The receiver's control link is gone: end its link, and forget it."""
-        self._opening.pop(receiver, None)
         self._replies.pop(receiver, None)
+        self._ledgers.pop(receiver, None)
         link = self._links.pop(receiver, None)
         if link is not None:
             self._spawn(self._shut(link))
-        # A receiver's name holds its boot id: it never comes back.
-        self._ledgers.pop(receiver, None)
 
     # --- the stage's transfers -----------------------------------------------------------------
 
@@ -191,9 +206,8 @@ class KvWriter:
         TransferError; the link is closed then and its agent fenced.
         """
         link = await self._ready(admit)
-        ledger = self._ledgers[admit.receiver]
         try:
-            operation = ledger.begin_write(admit.grant, admit.incarnation, start, end)
+            operation = link.ledger.begin_write(admit.grant, admit.incarnation, start, end)
         except GrantRevokedError:
             return
         except LinkDownError as error:
@@ -223,7 +237,7 @@ class KvWriter:
         """
         link = await self._ready(admit)
         try:
-            operation = self._ledgers[admit.receiver].begin_read(admit.grant, admit.incarnation)
+            operation = link.ledger.begin_read(admit.grant, admit.incarnation)
         except (GrantRevokedError, LinkDownError) as error:
             raise PeerLost(str(error)) from error
         local, remote = self._ranges(link, admit, first, last)
@@ -242,7 +256,6 @@ class KvWriter:
     async def _carry_out(
         self, link: _Link, operation: LinkOperation, transfer: Coroutine[object, object, None]
     ) -> None:
-        ledger = self._ledgers[link.target.receiver]
         try:
             await transfer
         except TransferTimeout as error:
@@ -250,11 +263,11 @@ class KvWriter:
             await self._lose(link, str(error))
             raise
         except TransferError as error:
-            ledger.failed(operation)
+            link.ledger.failed(operation)
             await self._lose(link, str(error))
             raise
-        ledger.done(operation)
-        self._acknowledge(link.target.receiver)
+        link.ledger.done(operation)
+        self._acknowledge(link.target.receiver, link.ledger)
 
     async def _ready(self, admit: Admit) -> _Link:
         link = self._links.get(admit.receiver)
@@ -300,8 +313,8 @@ class KvWriter:
         link.closed = True
         link.up.set()
         await link.agent.fence()
-        self._ledgers[link.target.receiver].fenced()
-        self._acknowledge(link.target.receiver)
+        link.ledger.fenced()
+        self._acknowledge(link.target.receiver, link.ledger)
 
     async def close(self) -> None:
         """Fence every link."""
@@ -309,9 +322,9 @@ class KvWriter:
             self.receiver_lost(receiver)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _acknowledge(self, receiver: str) -> None:
+    def _acknowledge(self, receiver: str, ledger: WriterLedger) -> None:
         """Answer the revocations that can be answered now."""
-        for grant in self._ledgers[receiver].take_acknowledgements():
+        for grant in ledger.take_acknowledgements():
             if (reply := self._replies.get(receiver)) is not None:
                 with contextlib.suppress(LinkDown):
                     reply(RevokeAck(grant=grant, stage=self._identity.stage))
@@ -324,6 +337,8 @@ class KvWriter:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # A fence that failed may leave bytes moving: the process must end.
+        task.add_done_callback(report_failure)
 
 
 def _pages(base: int, pages: Sequence[int], stride: int) -> Ranges:

@@ -7,7 +7,8 @@ What happens to a row of logits, in this order:
 2. frequency and presence penalty as the OpenAI API defines them: minus count · frequency, minus
    presence if count > 0, over output tokens;
 3. logit bias is added;
-4. stop tokens are ruled out before `min_tokens`;
+4. stop tokens are ruled out before `min_tokens`; options that leave a row without any token, or
+   with an infinite logit, are not applied at all: one request must not end its neighbours' step;
 5. temperature 0: the largest logit, the lowest id among equals. Else the softmax at that
    temperature, and of it
 6. top_k: the k most likely, lower ids first among equals;
@@ -111,7 +112,7 @@ def _has_adjustments(row: SamplingRow) -> bool:
         or s.frequency_penalty
         or s.presence_penalty
         or s.logit_bias
-        or row.position < s.min_tokens
+        or (s.stop_token_ids and row.position < s.min_tokens)
     )
 
 
@@ -161,9 +162,7 @@ def _adjust(logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
         logits[biased] += torch.tensor(amounts, dtype=logits.dtype, device=logits.device)
     if row.position < sampling.min_tokens:
         logits[_ids(sampling.stop_token_ids, logits)] = -math.inf
-        if not bool(torch.isfinite(logits.max())):
-            raise BrokenLogits("every token of the vocabulary is ruled out as a stop token")
-    return logits
+    return logits if bool(torch.isfinite(logits.max())) else logits_V.double()
 
 
 def _ids(tokens: Collection[int], logits: torch.Tensor) -> torch.Tensor:

@@ -286,6 +286,6 @@ class PrefillStage:
 
     async def _release_when_quiet(self, key: int, request: _Request) -> None:
         epoch = self._epoch
-        self._kv.finish(request.admit)
         await asyncio.gather(*request.in_flight)
+        self._kv.finish(request.admit)
         self._to_leader(Released(epoch=epoch, stage=self._stage, keys=(key,)))

@@ -52,8 +52,8 @@ class PrefillSettings:
     """Of a step's time, to the oldest request when shorter ones overtake it: a very long prompt
     is slowed by at most this factor, and a short one sees at least the rest."""
     depth: int = 2
-    """Steps that stage 0 has been given and not done: one that runs and one that is ready. Each
-    more makes a new prompt wait for another step."""
+    """Steps a stage that have been given and not done: one that runs and one that is ready. Each
+    more makes a new prompt wait for another step, and takes memory for activations."""
     bypass_seconds: float = 5.0
     """How long smaller requests may overtake one for which there are not enough pages; then it is
     given the pages that come free before anyone."""
@@ -223,8 +223,7 @@ class PrefillScheduler:
         """
         admits: list[Admit] = []
         items: tuple[ChunkItem, ...] = ()
-        given = sum(1 for step in self._steps.values() if 0 in step.stages)
-        if may_compute and given < self._settings.depth:
+        if may_compute and self._has_room():
             admits = list(self._admit(now))
             items = self._fill_step()
         elif self._active:
@@ -247,28 +246,33 @@ class PrefillScheduler:
         self._next_step += 1
         return plan
 
+    def _has_room(self) -> bool:
+        """Tell whether neither stage 0 nor the pipeline as a whole has steps enough."""
+        depth = self._settings.depth
+        given = sum(1 for step in self._steps.values() if 0 in step.stages)
+        return given < depth and len(self._steps) < depth * self._stages
+
     def _admit(self, now: float) -> Iterator[Admit]:
         for waiting in list(self._waiting):
             if len(self._active) >= self._settings.max_active:
                 return
-            if self._sibling_underway(waiting):
+            matched = self._pool.match(waiting.hashes)
+            if self._sibling_underway(waiting, len(matched)):
                 continue
-            admit = self._try_admit(waiting)
+            admit = self._try_admit(waiting, matched)
             if admit is not None:
                 self._waiting.remove(waiting)
                 yield admit
             elif now - waiting.arrived >= self._settings.bypass_seconds:
                 return
 
-    def _sibling_underway(self, waiting: _Waiting) -> bool:
-        own = len(self._pool.match(waiting.hashes))
+    def _sibling_underway(self, waiting: _Waiting, own: int) -> bool:
         known = max(own, waiting.request.cached // self._page_size)
         return known < len(waiting.hashes) and waiting.hashes[known] in self._underway
 
-    def _try_admit(self, waiting: _Waiting) -> Admit | None:
+    def _try_admit(self, waiting: _Waiting, matched: list[int]) -> Admit | None:
         request, hashes = waiting.request, waiting.hashes
         length = len(request.tokens)
-        matched = self._pool.match(hashes)
         pages = reserve(self._pool, matched, pages_for(length, self._page_size) - len(matched))
         if pages is None:
             return None

@@ -215,7 +215,10 @@ def test_leftovers_are_known_by_pid_and_start_time() -> None:
 # --- logs -------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\n\r"), max_size=12)), st.integers(1, 5))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=12)),
+    st.integers(1, 5),
+)
 def test_lines_come_out_whole_whatever_the_pieces(lines: list[str], size: int) -> None:
     data = "".join(f"{line}\n" for line in lines).encode()
     splitter = LineSplitter()

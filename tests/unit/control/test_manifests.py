@@ -180,7 +180,7 @@ specs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(specs)
 def test_objects_fit_together(spec: dict[str, Any]) -> None:
     chosen = service(**spec)

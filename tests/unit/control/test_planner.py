@@ -252,7 +252,7 @@ def any_state(draw: st.DrawFn) -> list[Workload]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(targets(), any_state())
 def test_converges_from_any_state(target: dict[Role, Target], state: list[Workload]) -> None:
     # A revision has one layout: leftovers of the target's revision have the target's.
@@ -266,7 +266,7 @@ def test_converges_from_any_state(target: dict[Role, Target], state: list[Worklo
     assert converged(target, cluster.observed())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.lists(targets(), min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_a_service_answers_through_any_series_of_changes(
     changes: list[dict[Role, Target]], rng: random.Random

@@ -249,7 +249,7 @@ pods_of_any_kind = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     st.lists(pods_of_any_kind, max_size=5),
     st.lists(

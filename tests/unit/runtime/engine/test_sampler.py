@@ -269,9 +269,21 @@ def test_broken_logits_are_named(bad: float) -> None:
         sample(logits, [row(), row(), row()])
 
 
-def test_ruling_everything_out_is_an_error() -> None:
-    with pytest.raises(BrokenLogits, match="ruled out"):
-        choose([1.0, 2.0], row(stop_token_ids=(0, 1), min_tokens=1))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_token_ids": (0, 1, 2), "min_tokens": 1},
+        {"logit_bias": {0: math.inf}},
+        {"logit_bias": {0: math.nan}},
+        {"logit_bias": {0: -math.inf, 1: -math.inf, 2: -math.inf}},
+        {"repetition_penalty": 1e-320},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_impossible_options_end_nobody_s_step(options: dict[str, Any], temperature: float) -> None:
+    odd = row([0, 1, 2], temperature=temperature, top_k=1, **options)
+    tokens = sample(torch.tensor([[1.0, 3.0, 2.0]] * 2), [odd, row(temperature=0)])
+    assert [t.id for t in tokens] == [1, 1]
 
 
 def test_rows_and_logits_must_be_as_many() -> None:

@@ -128,7 +128,7 @@ def test_every_architecture_equals_transformers(name, references):
     cut=st.integers(1, 3),
     gather_tokens=st.sampled_from([1, 16, 40, 4096]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_chunks_pages_and_stages_do_not_matter(
     references, name, page_size, chunks, cut, gather_tokens
 ):

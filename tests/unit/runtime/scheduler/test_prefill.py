@@ -159,6 +159,19 @@ def test_no_more_steps_than_the_depth_wait_for_stage_0() -> None:
     assert planned(scheduler).items
 
 
+def test_stage_0_does_not_run_away_from_a_slow_stage() -> None:
+    scheduler = scheduler_of(3, PagePool(200, 4))
+    scheduler.add(request(1, prompt_of(800, 1)), 0.0)
+    plans: list[StepPlan] = []
+    while (plan := scheduler.next_plan(0.0)) is not None:
+        plans.append(plan)
+        scheduler.step_done(done(plan, stage=0))
+        scheduler.step_done(done(plan, stage=1))
+    assert len(plans) == 6
+    scheduler.step_done(done(plans[0], stage=2))
+    assert planned(scheduler).items
+
+
 def test_blocks_can_be_matched_only_when_every_stage_has_computed_them() -> None:
     pool = PagePool(64, 4)
     scheduler = scheduler_of(2, pool)
