@@ -1,11 +1,12 @@
 """Architectures, shared layers and weights.
 
     registry.py      what each Hugging Face architecture consists of
-    config.py        `ModelConfig`, read from a checkpoint's config.json
+    config.py        `ModelConfig`, read from a checkpoint's config.json (fields.py: typed reads)
     rope.py          rotary position frequencies
     weights.py       `Checkpoint`: safetensors files, memory-mapped; `model_digest`
     linear.py        the one place that multiplies by a weight matrix
     layers.py        norm, attention block, feed-forward, decoder layer
+    loader.py        a stage's tensors by name and shape, made into layers
     transformer.py   `Transformer`: the layers [a, b) of a model, perhaps embedding and head
 
 A stage reads `ModelConfig.from_directory(path)`, allocates its pool for `config.kv_layout(...)`,
