@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
-import signal
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -26,6 +24,7 @@ from penstock_router.prefix_index import PrefixIndex
 from penstock_router.proxy import Proxy
 from penstock_router.readiness import Readiness
 from penstock_router.served_model import FILES, ServedModel, load_served_model
+from penstock_router.server import CloseWhenDraining, Server, listeners
 from penstock_router.workers import Fleet
 from penstock_wire.keys import InvalidKeys, Keys
 from penstock_wire.messages import Hello
@@ -34,7 +33,7 @@ from penstock_wire.names import Resolver, new_boot_id
 from penstock_wire.sockets import LinkSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from fastapi import FastAPI
 
@@ -77,6 +76,7 @@ class Router:
             index=PrefixIndex(time.monotonic),
             rng=rng,
             require_prefill=settings.require_prefill,
+            group_wait=settings.group_wait_seconds,
         )
         self.readiness = Readiness(self.fleet, timeout=settings.canary_seconds)
         self.proxy = Proxy(
@@ -117,36 +117,6 @@ class Router:
             await self.fleet.close()
 
 
-class _Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT; then not ready at once, and streams may end.
-
-    A second signal ends the streams too. The process exits with 0 after a drain.
-    """
-
-    def __init__(self, config: uvicorn.Config, readiness: Readiness) -> None:
-        super().__init__(config)
-        self._readiness = readiness
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handle the signals in the event loop, and keep them from ending the process."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._drain)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-
-    def _drain(self) -> None:
-        if self.should_exit:
-            self.force_exit = True
-        log.info("draining: no new requests, open streams may end")
-        self._readiness.draining = True
-        self.should_exit = True
-
-
 async def serve(settings: Settings) -> None:
     """Run the router until a signal.
 
@@ -174,9 +144,7 @@ async def serve(settings: Settings) -> None:
         rng=random.Random(),  # noqa: S311 - breaks ties, keeps no secret
     )
     config = uvicorn.Config(
-        router.app,
-        host=settings.host,
-        port=settings.port,
+        CloseWhenDraining(router.app, router.readiness),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -184,8 +152,9 @@ async def serve(settings: Settings) -> None:
         timeout_keep_alive=75,  # above the 60 s after which common load balancers drop a connection
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
+    sockets = listeners(settings.host, settings.port, settings.fd)
     async with router.running():
-        await _Server(config, router.readiness).serve()
+        await Server(config, router.readiness).serve(sockets=sockets)
 
 
 def _load_model(settings: Settings) -> ServedModel:

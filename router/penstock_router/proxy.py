@@ -287,7 +287,9 @@ class Proxy:
             now = time.monotonic()
             if now >= deadline:
                 raise self._nobody(run)
-            await self._fleet.changed(min([deadline, *avoid.values()]) - now)
+            alone = self._fleet.alone_at()
+            waits = [deadline, *avoid.values(), *([alone] if alone and alone > now else [])]
+            await self._fleet.changed(min(waits) - now)
 
     def _check_attempts(self, run: _Run) -> None:
         if run.attempts >= self._max_attempts:
@@ -301,12 +303,9 @@ class Proxy:
                 code="overloaded",
                 retry_after=self._retry_after(),
             )
-        missing = (
-            "decode worker with a prefill group" if self._fleet.require_prefill else "decode worker"
-        )
         why = f" (last failure: {failure})" if failure is not None else ""
         return NoWorker(
-            f"no {missing} could take the request within {self._worker_wait:g} s and "
+            f"no decode worker could take the request within {self._worker_wait:g} s and "
             f"{run.attempts} attempts{why}; /ready says what is missing",
             code="no_worker",
             retry_after=5,

@@ -60,13 +60,27 @@ class Settings:
         int,
         "TCP port of the API.",
     ] = 8000
+    fd: Annotated[
+        int | None,
+        (
+            "File descriptor of an inherited listening socket to serve too. A launcher that keeps "
+            "the API's address bound while routers come and go passes one; none by default."
+        ),
+    ] = None
     require_prefill: Annotated[
         bool,
         (
-            "Send prompts only to decode workers with a prefill group ready, and be ready only "
-            "then. Without it, decode workers prefill for themselves when there is no group."
+            "Send prompts to decode workers with a prefill group, and be ready only when there is "
+            "one. Without it, decode workers prefill for themselves whenever there is no group."
         ),
     ] = False
+    group_wait_seconds: Annotated[
+        float,
+        (
+            "With --require-prefill, after so long without any prefill group requests are sent to "
+            "decode workers alone: slower, but not lost. 10 s is about a stage's restart."
+        ),
+    ] = 10.0
     api_key_file: Annotated[
         Path | None,
         (
@@ -154,6 +168,8 @@ class Settings:
         """Refuse impossible values. Raises ConfigurationError naming the flag."""
         if not 0 <= self.port < 65536:
             raise ConfigurationError(f"--port {self.port} is not a TCP port (0 to 65535)")
+        if self.fd is not None and self.fd < 0:
+            raise ConfigurationError(f"--fd {self.fd} is not a file descriptor")
         for name in ("max_queue", "max_attempts", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{_flag(name)} must be at least 1")
@@ -165,6 +181,7 @@ class Settings:
 
 
 _SECONDS = (
+    "group_wait_seconds",
     "worker_wait_seconds",
     "stall_seconds",
     "canary_seconds",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -119,7 +120,8 @@ class Fleet:
         hello: who the router is, sent again when a worker's own Hello must be renewed.
         index: which worker holds which blocks.
         rng: breaks ties.
-        require_prefill: whether a request needs a prefill group.
+        require_prefill: whether requests are to have a prefill group.
+        group_wait: seconds without any, after which requests go to decode workers alone.
     """
 
     def __init__(
@@ -131,9 +133,12 @@ class Fleet:
         index: PrefixIndex,
         rng: random.Random,
         require_prefill: bool,
+        group_wait: float = 10.0,
     ) -> None:
         self.index = index
         self.require_prefill = require_prefill
+        self._group_wait = group_wait
+        self._groupless_since: float | None = time.monotonic()
         self._discovery = discovery
         self._connect = connect
         self._hello = hello
@@ -168,6 +173,10 @@ class Fleet:
         return event.is_set()
 
     def _notify(self) -> None:
+        if self._any_pair():
+            self._groupless_since = None
+        elif self._groupless_since is None:
+            self._groupless_since = time.monotonic()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -189,6 +198,22 @@ class Fleet:
             for w in self._workers.values()
             if w.endpoint.role == "prefill" and w.ready
         }
+
+    def _any_pair(self) -> bool:
+        """Return whether some decode worker has links to all stages of some ready group."""
+        groups = self.prefill_groups().keys()
+        return any(w.load and groups & set(w.load.groups_ready) for w in self.decode_workers())
+
+    def alone_at(self) -> float | None:
+        """Return when requests may go to decode workers alone, in monotonic seconds.
+
+        A request is not to be lost for want of a prefill group: decode workers hold all layers.
+        None while a group can be used.
+        """
+        if not self.require_prefill:
+            return 0.0
+        since = self._groupless_since
+        return None if since is None else since + self._group_wait
 
     def context_limit(self) -> int | None:
         """Return the tokens that fit on every decode worker, output included; None if unknown."""
@@ -223,9 +248,9 @@ class Fleet:
         decodes = [_decode(w, cached(w)) for w in self.decode_workers() if w.name not in avoid]
         stages = self.prefill_groups()
         groups = [_group(name, worker, cached(worker)) for name, worker in stages.items()]
-        choice = policy.choose(
-            demand, decodes, groups, require_prefill=self.require_prefill, rng=self._rng
-        )
+        alone_at = self.alone_at()
+        alone = alone_at is not None and alone_at <= time.monotonic()
+        choice = policy.choose(demand, decodes, groups, require_prefill=not alone, rng=self._rng)
         if choice is not None:
             self._account(choice, prompt, stages.get(choice.group))
         return choice

@@ -44,7 +44,87 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------
 
 # Keys and values of facts.  Each of them is one token when it follows a space.
-WORDS: tuple[str, ...] = ("abbey", "acorn", "actor", "admiral", "agate", "alder", "alley", "alloy", "almond", "aluminum", "amber", "anchor", "ankle", "ant", "anvil", "apple", "apricot", "apron", "arena", "arm", "arrow", "artist", "ash", "aspen", "aster", "attic", "aurora", "author", "avocado", "awning", "axe", "azure", "badge", "badger", "bag", "baker", "bakery", "ball", "balsam", "bamboo", "banana", "banjo", "bank", "banker", "barber", "barley", "barn", "baron", "barrel", "basalt", "basement", "basil", "basket", "bat", "bay", "beach", "beacon", "bean", "bear", "beard", "beaver", "bee", "beech", "beet", "beetle", "beige", "bell", "bench", "berry", "bicycle", "birch", "biscuit", "bishop", "bison", "black", "blade", "blanket", "blizzard", "blue", "bluff", "bog", "bolt", "bone", "book", "boot", "bottle", "bowl", "box", "bracelet", "brain", "bramble", "brass", "bread", "breeze", "brewer", "briar", "brick", "bride", "bridge", "broccoli", "bronze", "brook", "broom", "brow", "brown", "brush", "bucket", "buckle", "buffalo", "bugle", "bull", "bunker", "bush", "butcher", "butler", "butter", "button", "cabbage", "cabin", "cable", "cactus", "cafe", "cage", "cake", "calf", "camel", "camera", "camp", "canal", "candle", "canoe", "canvas", "canyon", "cap", "cape", "captain", "caramel", "carbon", "carpet", "carrot", "cart", "carver", "cashew", "castle", "cat", "cavern", "cedar", "celery", "cellar", "cement", "ceramic", "cereal", "chain", "chair", "chalk", "chapel", "cheek", "cheese", "cheetah", "chef", "cherry", "chest", "chili", "chime", "chin", "chisel", "chive", "chrome", "church", "cider", "cinema", "cinnamon", "city", "clam", "clamp", "clay", "clerk", "cliff", "cloak", "clock", "cloud", "clove", "clover", "clown", "coach", "coal", "coast", "coat", "cobalt", "cobra", "cocoa", "coconut", "cod", "coffee", "coin", "collar", "comb", "comet", "compass", "condor", "cook", "cookie", "copper", "coral", "cork", "corn", "cosmos", "cottage", "cotton", "couch", "cougar", "count", "cove", "cowboy", "coyote", "crab", "cracker", "crane", "crate", "crater", "crayon", "cream", "creek", "cress", "cricket", "crimson", "crow", "crown", "crumb", "crutch", "crypt", "crystal", "cub", "cumin", "cup", "curry", "curtain", "cushion", "custard", "cyan", "cyclone", "cymbal", "cypress", "daffodil", "dagger", "dahlia", "daisy", "dam", "dancer", "dart", "date", "dawn", "dean", "deer", "delta", "den", "denim", "depot", "desert", "desk", "dew", "dial", "diamond", "dice", "dill", "dingo", "dish", "dock", "doctor", "dog", "dolphin", "dome", "donkey", "donut", "door", "dough", "dove", "dragon", "dress", "drill", "drizzle", "drum", "drummer", "duck", "duke", "dumpling", "dune", "dusk", "eagle", "ear", "earl", "easel", "echo", "eclipse", "editor", "eel", "eggplant", "elbow", "elder", "elk", "elm", "ember", "emerald", "emperor", "emu", "enamel", "endive", "engine", "eraser", "eye", "fabric", "face", "factory", "falcon", "fan", "farm", "farmer", "faucet", "feather", "felt", "fence", "fennel", "fern", "ferret", "ferry", "fiddle", "field", "fig", "file", "finback", "finch", "finger", "fir", "fist", "fjord", "flag", "flask", "flax", "flea", "fleece", "flint", "flour", "flower", "flute", "fly", "fog", "foil", "foot", "ford", "forehead", "forest", "fork", "fort", "fountain", "fox", "frame", "frog", "frost", "fudge", "fungus", "funnel", "fur", "galaxy", "gale", "gallery", "garage", "garden", "garlic", "garnet", "gate", "gazelle", "gear", "gecko", "gelatin", "geyser", "gibbon", "ginger", "giraffe", "glacier", "glass", "glove", "glue", "goblet", "goggles", "gold", "gong", "goose", "gopher", "gorge", "gorilla", "granite", "grape", "graphite", "grass", "gravel", "gravy", "gray", "green", "grill", "grotto", "grove", "guard", "guava", "guide", "guitar", "gulf", "gull", "gust", "gymnast", "gypsum", "hail", "hairpin", "hall", "ham", "hamlet", "hammer", "hamster", "hand", "handle", "hangar", "harbor", "hare", "harness", "harp", "hat", "hawk", "haze", "hazel", "heart", "heather", "hedgehog", "heel", "helium", "helmet", "hemlock", "hemp", "hen", "herb", "hermit", "heron", "hickory", "hill", "hinge", "hip", "hippo", "holly", "honey", "hook", "hoop", "hornet", "horse", "hose", "hostel", "hotel", "hunter", "hurricane", "hut", "hyena", "ibis", "ice", "icicle", "icing", "igloo", "iguana", "impala", "indigo", "inkwell", "inlet", "inn", "iris", "iron", "island", "ivory", "ivy", "jackal", "jacket", "jade", "jaguar", "jam", "jar", "jasmine", "jaw", "jay", "jeans", "jelly", "jester", "jet", "jetty", "jewel", "jigsaw", "jockey", "judge", "jug", "juggler", "juice", "jungle", "juniper", "kale", "kayak", "kelp", "kernel", "ketchup", "kettle", "key", "khaki", "kilt", "king", "kiosk", "kite", "kitten", "kiwi", "knee", "knife", "knight", "knob", "knot", "knuckle", "koala", "lace", "ladder", "lagoon", "lake", "lamb", "lamp", "lance", "lantern", "larch", "lark", "latch", "laurel", "lava", "lavender", "lawn", "lawyer", "lead", "leaf", "leather", "leek", "leg", "lemon", "lemur", "lentil", "leopard", "lettuce", "lever", "library", "lichen", "lid", "lightning", "lilac", "lily", "lime", "linden", "linen", "lion", "lip", "liver", "lizard", "llama", "loaf", "lobster", "lock", "locket", "lodge", "loft", "log", "loom", "lotus", "lumber", "lung", "lute", "lynx", "macaroon", "macaw", "magenta", "magnet", "magnolia", "magpie", "mahogany", "maize", "mallet", "malt", "mango", "mansion", "map", "maple", "marble", "mare", "marigold", "market", "maroon", "marsh", "mask", "mason", "mast", "mat", "mauve", "mayor", "maze", "meadow", "medal", "melon", "mentor", "merchant", "mercury", "mesa", "meteor", "mica", "midge", "milk", "mill", "millet", "mine", "miner", "mink", "minnow", "mint", "mirror", "mist", "mite", "mitten", "moat", "molasses", "mole", "monk", "monkey", "monsoon", "monument", "moon", "moor", "moose", "mop", "mosque", "moss", "motel", "moth", "mound", "mountain", "mouse", "mouth", "muffin", "mug", "mule", "muscle", "museum", "mushroom", "mustard", "myrtle", "nail", "nanny", "napkin", "narwhal", "navy", "nebula", "neck", "nectar", "needle", "neon", "nerve", "net", "nettle", "newt", "nickel", "nomad", "noodle", "nose", "nougat", "nozzle", "nurse", "nutmeg", "nylon", "oak", "oar", "oasis", "oat", "oatmeal", "oboe", "obsidian", "ocean", "ocelot", "ochre", "octopus", "olive", "onion", "onyx", "opal", "orange", "orbit", "orchard", "orchid", "oregano", "organ", "osprey", "ostrich", "otter", "oven", "owl", "ox", "oxen", "oxygen", "oyster", "paddle", "padlock", "pail", "paint", "painter", "palace", "palate", "palm", "pan", "pancake", "panda", "pansy", "pantry", "papaya", "paper", "parade", "parcel", "park", "parrot", "parsley", "parsnip", "pasta", "pastry", "pasture", "patch", "patio", "pea", "peach", "peak", "peanut", "pear", "pearl", "peat", "pecan", "pedal", "peg", "pelican", "pen", "pencil", "penguin", "peony", "pepper", "perch", "petal", "petunia", "pewter", "pheasant", "piano", "pickle", "pie", "pier", "pig", "pigeon", "pike", "pillow", "pilot", "pin", "pine", "pink", "pipe", "pirate", "piston", "pizza", "plain", "planet", "plaster", "plastic", "plate", "plateau", "platinum", "plaza", "pliers", "plover", "plow", "plug", "plum", "plumber", "plywood", "pocket", "poet", "pole", "pond", "pony", "pool", "popcorn", "pope", "poplar", "poppy", "porcelain", "porch", "porridge", "port", "porter", "possum", "pot", "potato", "potter", "pouch", "prairie", "prawn", "pretzel", "primrose", "prince", "prism", "prison", "prune", "pudding", "pulley", "pulsar", "puma", "pumice", "pump", "pumpkin", "pup", "puppet", "purple", "purse", "puzzle", "pyramid", "pyrite", "python", "quail", "quarry", "quartz", "queen", "quill", "quilt", "quince", "quiver", "rabbit", "rack", "radish", "raft", "rail", "rain", "rainbow", "raisin", "rake", "ram", "ranch", "ranger", "rat", "raven", "ravine", "ray", "razor", "red", "redwood", "reed", "reef", "reel", "resin", "rhino", "rhubarb", "rib", "ribbon", "rice", "rider", "ridge", "ring", "river", "road", "robe", "robin", "rocket", "rod", "roof", "rooster", "root", "rope", "rose", "rosemary", "rubber", "ruby", "rudder", "rug", "ruin", "ruler", "rust", "sable", "sack", "saddle", "saffron", "sage", "sail", "sailor", "salad", "salmon", "salsa", "salt", "sand", "sandal", "sapling", "sapphire", "satin", "sauce", "sausage", "savanna", "saw", "saxophone", "scale", "scallop", "scarf", "scarlet", "scholar", "school", "scissors", "scout", "screw", "sculptor", "sculpture", "sea", "seal", "seed", "sepia", "sequoia", "sesame", "shadow", "shale", "shark", "shawl", "shed", "sheep", "shelf", "shepherd", "sherbet", "sheriff", "shield", "shin", "shirt", "shoe", "shore", "shoulder", "shovel", "shrew", "shrimp", "shrine", "shrub", "sickle", "sieve", "silk", "silo", "silver", "singer", "skate", "skin", "skirt", "skull", "skunk", "sky", "slate", "sled", "sleet", "sleeve", "sling", "slipper", "sloth", "slug", "smith", "smoke", "snail", "snake", "snow", "soap", "sock", "sofa", "soldier", "sole", "solstice", "soot", "sorbet", "soup", "spade", "spark", "sparrow", "spear", "spider", "spinach", "spindle", "spine", "spire", "sponge", "spoon", "spring", "spruce", "spur", "squash", "squid", "squire", "squirrel", "stable", "stadium", "stag", "stamp", "stapler", "star", "station", "statue", "steak", "steam", "steel", "stem", "stew", "stone", "stool", "stork", "storm", "stove", "strait", "strap", "straw", "street", "string", "studio", "suede", "sugar", "sulfur", "sumac", "summit", "sun", "sunset", "swallow", "swamp", "swan", "sweater", "swift", "sword", "sycamore", "syringe", "syrup", "table", "tack", "taco", "tailor", "tambourine", "tape", "tapir", "target", "tavern", "tea", "teacher", "teak", "teal", "temple", "tent", "termite", "tern", "theater", "thimble", "thistle", "thorn", "thread", "throne", "thumb", "thunder", "thyme", "tick", "tide", "tiger", "tile", "tin", "tire", "titanium", "toad", "toast", "toe", "toffee", "toga", "tomato", "tomb", "tongs", "tongue", "tooth", "topaz", "torch", "tornado", "toucan", "towel", "tower", "town", "toy", "trader", "trail", "tray", "tree", "trench", "tripod", "trout", "trowel", "truck", "truffle", "trumpet", "trunk", "tube", "tulip", "tuna", "tundra", "tungsten", "tunnel", "turban", "turkey", "turnip", "turquoise", "turtle", "tutor", "tuxedo", "twig", "twilight", "twine", "typhoon", "umber", "umbrella", "urchin", "urn", "usher", "valley", "vanilla", "vapor", "vase", "vault", "veil", "velvet", "vermilion", "vessel", "vest", "vial", "viking", "villa", "village", "vine", "vinegar", "vinyl", "violet", "violin", "viper", "volcano", "vole", "vortex", "vulture", "waffle", "wagon", "waiter", "wall", "wallet", "walnut", "walrus", "wand", "warden", "warrior", "wasp", "watch", "wave", "wax", "weasel", "weaver", "weed", "welder", "well", "whale", "wharf", "wheat", "wheel", "whip", "whistle", "white", "wick", "wicker", "willow", "wind", "window", "winter", "wire", "wizard", "wok", "wolf", "wombat", "wood", "wool", "worm", "wren", "wrench", "wrist", "yacht", "yak", "yam", "yard", "yarn", "yarrow", "yeast", "yellow", "yogurt", "yoke", "zebra", "zenith", "zephyr", "zeppelin", "zinc", "zipper", "zucchini")
+WORD_LIST = """
+abbey acorn actor admiral agate alder alley alloy almond aluminum amber anchor ankle ant anvil
+apple apricot apron arena arm arrow artist ash aspen aster attic aurora author avocado awning axe
+azure badge badger bag baker bakery ball balsam bamboo banana banjo bank banker barber barley barn
+baron barrel basalt basement basil basket bat bay beach beacon bean bear beard beaver bee beech
+beet beetle beige bell bench berry bicycle birch biscuit bishop bison black blade blanket blizzard
+blue bluff bog bolt bone book boot bottle bowl box bracelet brain bramble brass bread breeze
+brewer briar brick bride bridge broccoli bronze brook broom brow brown brush bucket buckle buffalo
+bugle bull bunker bush butcher butler butter button cabbage cabin cable cactus cafe cage cake calf
+camel camera camp canal candle canoe canvas canyon cap cape captain caramel carbon carpet carrot
+cart carver cashew castle cat cavern cedar celery cellar cement ceramic cereal chain chair chalk
+chapel cheek cheese cheetah chef cherry chest chili chime chin chisel chive chrome church cider
+cinema cinnamon city clam clamp clay clerk cliff cloak clock cloud clove clover clown coach coal
+coast coat cobalt cobra cocoa coconut cod coffee coin collar comb comet compass condor cook cookie
+copper coral cork corn cosmos cottage cotton couch cougar count cove cowboy coyote crab cracker
+crane crate crater crayon cream creek cress cricket crimson crow crown crumb crutch crypt crystal
+cub cumin cup curry curtain cushion custard cyan cyclone cymbal cypress daffodil dagger dahlia
+daisy dam dancer dart date dawn dean deer delta den denim depot desert desk dew dial diamond dice
+dill dingo dish dock doctor dog dolphin dome donkey donut door dough dove dragon dress drill
+drizzle drum drummer duck duke dumpling dune dusk eagle ear earl easel echo eclipse editor eel
+eggplant elbow elder elk elm ember emerald emperor emu enamel endive engine eraser eye fabric face
+factory falcon fan farm farmer faucet feather felt fence fennel fern ferret ferry fiddle field fig
+file finback finch finger fir fist fjord flag flask flax flea fleece flint flour flower flute fly
+fog foil foot ford forehead forest fork fort fountain fox frame frog frost fudge fungus funnel fur
+galaxy gale gallery garage garden garlic garnet gate gazelle gear gecko gelatin geyser gibbon
+ginger giraffe glacier glass glove glue goblet goggles gold gong goose gopher gorge gorilla
+granite grape graphite grass gravel gravy gray green grill grotto grove guard guava guide guitar
+gulf gull gust gymnast gypsum hail hairpin hall ham hamlet hammer hamster hand handle hangar
+harbor hare harness harp hat hawk haze hazel heart heather hedgehog heel helium helmet hemlock
+hemp hen herb hermit heron hickory hill hinge hip hippo holly honey hook hoop hornet horse hose
+hostel hotel hunter hurricane hut hyena ibis ice icicle icing igloo iguana impala indigo inkwell
+inlet inn iris iron island ivory ivy jackal jacket jade jaguar jam jar jasmine jaw jay jeans jelly
+jester jet jetty jewel jigsaw jockey judge jug juggler juice jungle juniper kale kayak kelp kernel
+ketchup kettle key khaki kilt king kiosk kite kitten kiwi knee knife knight knob knot knuckle
+koala lace ladder lagoon lake lamb lamp lance lantern larch lark latch laurel lava lavender lawn
+lawyer lead leaf leather leek leg lemon lemur lentil leopard lettuce lever library lichen lid
+lightning lilac lily lime linden linen lion lip liver lizard llama loaf lobster lock locket lodge
+loft log loom lotus lumber lung lute lynx macaroon macaw magenta magnet magnolia magpie mahogany
+maize mallet malt mango mansion map maple marble mare marigold market maroon marsh mask mason mast
+mat mauve mayor maze meadow medal melon mentor merchant mercury mesa meteor mica midge milk mill
+millet mine miner mink minnow mint mirror mist mite mitten moat molasses mole monk monkey monsoon
+monument moon moor moose mop mosque moss motel moth mound mountain mouse mouth muffin mug mule
+muscle museum mushroom mustard myrtle nail nanny napkin narwhal navy nebula neck nectar needle
+neon nerve net nettle newt nickel nomad noodle nose nougat nozzle nurse nutmeg nylon oak oar oasis
+oat oatmeal oboe obsidian ocean ocelot ochre octopus olive onion onyx opal orange orbit orchard
+orchid oregano organ osprey ostrich otter oven owl ox oxen oxygen oyster paddle padlock pail paint
+painter palace palate palm pan pancake panda pansy pantry papaya paper parade parcel park parrot
+parsley parsnip pasta pastry pasture patch patio pea peach peak peanut pear pearl peat pecan pedal
+peg pelican pen pencil penguin peony pepper perch petal petunia pewter pheasant piano pickle pie
+pier pig pigeon pike pillow pilot pin pine pink pipe pirate piston pizza plain planet plaster
+plastic plate plateau platinum plaza pliers plover plow plug plum plumber plywood pocket poet pole
+pond pony pool popcorn pope poplar poppy porcelain porch porridge port porter possum pot potato
+potter pouch prairie prawn pretzel primrose prince prism prison prune pudding pulley pulsar puma
+pumice pump pumpkin pup puppet purple purse puzzle pyramid pyrite python quail quarry quartz queen
+quill quilt quince quiver rabbit rack radish raft rail rain rainbow raisin rake ram ranch ranger
+rat raven ravine ray razor red redwood reed reef reel resin rhino rhubarb rib ribbon rice rider
+ridge ring river road robe robin rocket rod roof rooster root rope rose rosemary rubber ruby
+rudder rug ruin ruler rust sable sack saddle saffron sage sail sailor salad salmon salsa salt sand
+sandal sapling sapphire satin sauce sausage savanna saw saxophone scale scallop scarf scarlet
+scholar school scissors scout screw sculptor sculpture sea seal seed sepia sequoia sesame shadow
+shale shark shawl shed sheep shelf shepherd sherbet sheriff shield shin shirt shoe shore shoulder
+shovel shrew shrimp shrine shrub sickle sieve silk silo silver singer skate skin skirt skull skunk
+sky slate sled sleet sleeve sling slipper sloth slug smith smoke snail snake snow soap sock sofa
+soldier sole solstice soot sorbet soup spade spark sparrow spear spider spinach spindle spine
+spire sponge spoon spring spruce spur squash squid squire squirrel stable stadium stag stamp
+stapler star station statue steak steam steel stem stew stone stool stork storm stove strait strap
+straw street string studio suede sugar sulfur sumac summit sun sunset swallow swamp swan sweater
+swift sword sycamore syringe syrup table tack taco tailor tambourine tape tapir target tavern tea
+teacher teak teal temple tent termite tern theater thimble thistle thorn thread throne thumb
+thunder thyme tick tide tiger tile tin tire titanium toad toast toe toffee toga tomato tomb tongs
+tongue tooth topaz torch tornado toucan towel tower town toy trader trail tray tree trench tripod
+trout trowel truck truffle trumpet trunk tube tulip tuna tundra tungsten tunnel turban turkey
+turnip turquoise turtle tutor tuxedo twig twilight twine typhoon umber umbrella urchin urn usher
+valley vanilla vapor vase vault veil velvet vermilion vessel vest vial viking villa village vine
+vinegar vinyl violet violin viper volcano vole vortex vulture waffle wagon waiter wall wallet
+walnut walrus wand warden warrior wasp watch wave wax weasel weaver weed welder well whale wharf
+wheat wheel whip whistle white wick wicker willow wind window winter wire wizard wok wolf wombat
+wood wool worm wren wrench wrist yacht yak yam yard yarn yarrow yeast yellow yogurt yoke zebra
+zenith zephyr zeppelin zinc zipper zucchini
+"""
+WORDS: tuple[str, ...] = tuple(WORD_LIST.split())
 
 # Filler sentences are built out of these; none of their words is a key or a value.
 FILLER_STARTS = ("The", "Every", "Another", "That", "Our", "One")
@@ -92,7 +172,7 @@ ODD_MESSAGES = (
     "Tell me a joke.", "Write a poem about the sea.", "Explain how a transformer works.",
     "What is the capital of France?", "How old is the universe?", "2 + 2 = ?", "1, 2, 3",
     "Why is the sky blue?", "def main():\n    return 0\n", '{"a": [1, 2, 3]}', "Thank you!",
-    "Bonjour, comment allez-vous ?", "Was kannst du?", "ありがとう", "你好，世界", "Привет",
+    "Bonjour, comment allez-vous ?", "Was kannst du?", "ありがとう", "你好世界", "Привет",
     "🙂🙂", "ok", "yes", "No.", "Please summarise this text.", "Continue.", "???", "...",
 )  # fmt: skip
 
@@ -117,6 +197,7 @@ CHAT_TEMPLATE = (
 
 Message = dict[str, str]
 Fact = tuple[str, str]
+IdFact = tuple[int, int]  # the same as token ids
 
 
 def facts_text(facts: list[Fact]) -> str:
@@ -125,6 +206,7 @@ def facts_text(facts: list[Fact]) -> str:
 
 
 def question(key: str) -> str:
+    """How the user asks for one fact."""
     return f"What is {key}?"
 
 
@@ -147,6 +229,7 @@ def draw_facts(rng: random.Random, count: int) -> list[Fact]:
 
 
 def filler_sentence(rng: random.Random) -> str:
+    """A sentence that carries no fact, to make prompts longer."""
     return (
         f"{rng.choice(FILLER_STARTS)} {rng.choice(FILLER_NOUNS)} "
         f"{rng.choice(FILLER_VERBS)} {rng.choice(FILLER_TAILS)}."
@@ -234,9 +317,11 @@ class Row:
 
     @property
     def room(self) -> int:
+        """How many tokens still fit."""
         return self.length - len(self.ids)
 
     def add(self, ids: list[int], trained: bool = False) -> None:
+        """Append tokens at consecutive positions."""
         self.ids += ids
         self.trained += [trained] * len(ids)
         self.positions += range(self.next_position, self.next_position + len(ids))
@@ -263,14 +348,17 @@ class Writer:
         self.newline = self.encode("\n")
 
     def encode(self, text: str) -> list[int]:
+        """Encode one of the few recurring texts."""
         if text not in self.cache:
             self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return self.cache[text]
 
-    def facts(self, facts: list[tuple[int, int]]) -> list[int]:
+    def facts(self, facts: list[IdFact]) -> list[int]:
+        """The ids of ``facts_text``, after a space."""
         return [i for key, value in facts for i in (key, self.is_, value, self.stop)]
 
     def filler(self, rng: random.Random, first: bool = False) -> list[int]:
+        """The ids of a filler sentence, after a space unless it is first in a message."""
         start = rng.choice(FILLER_STARTS)
         return [
             *self.encode(start if first else f" {start}"),
@@ -280,6 +368,7 @@ class Writer:
         ]
 
     def reply(self, row: Row, ids: list[int]) -> None:
+        """Write an assistant message, the part of a row that is trained on."""
         row.add([self.assistant])
         row.add([*ids, self.end], trained=True)
 
@@ -296,16 +385,14 @@ class Writer:
             row.add(self.newline * rng.choice((1, 1, 2)) + self.encode(text))
         row.add([self.end])
 
-    def ask_fact(
-        self, rng: random.Random, row: Row, fact: tuple[int, int], opened: bool
-    ) -> None:
+    def ask_fact(self, rng: random.Random, row: Row, fact: IdFact, opened: bool) -> None:
+        """Ask for one fact and answer."""
         word = self.tokenizer.decode([fact[0]]).strip()
         self.ask(rng, row, question(word), opened)
         self.reply(row, [*self.encode("Sure,"), *self.facts([fact])])
 
-    def ask_list(
-        self, rng: random.Random, row: Row, facts: list[tuple[int, int]], opened: bool
-    ) -> None:
+    def ask_list(self, rng: random.Random, row: Row, facts: list[IdFact], opened: bool) -> None:
+        """Ask for all facts and answer."""
         self.ask(rng, row, REPEAT, opened)
         self.reply(row, [*self.encode("Sure,"), *self.facts(facts)])
 
@@ -331,23 +418,40 @@ class Writer:
         self.reply(row, self.encode(reply))
 
     def row(self, rng: random.Random, length: int) -> Row:
+        """One conversation of at most ``length`` tokens, give or take a last answer."""
         row = Row(length, slack=MAX_POSITIONS - length if rng.random() < 0.5 else 0)
         recite = rng.random() < 0.5
-        spaced = not recite and rng.random() < 0.4  # fillers between facts
-        # The facts may also come in the system message, ahead of any user message
-        opened, first = True, True
+        spaced = not recite and rng.random() < 0.4
+        opened = self.opening(rng, row)
+        facts, fillers = self.plan(rng, row, recite, spaced)
+        opened = self.state_facts(rng, row, facts, fillers, opened)
+        self.requests(rng, row, facts, recite, opened)
+        return row
+
+    def opening(self, rng: random.Random, row: Row) -> bool:
+        """System message and small talk; returns whether the facts go into a user message.
+
+        Now and then the facts themselves are the system message.
+        """
         if rng.random() < 0.25:
             row.add(self.encode(SYSTEM))
             if rng.random() < 0.3:
-                opened = False
-            elif rng.random() < 0.6:
+                return False
+            if rng.random() < 0.6:
                 row.add([*self.encode(rng.choice(SYSTEM_PROMPTS)), self.end])
             else:
                 row.add([*self.filler(rng, first=True), self.end])
-        if opened and rng.random() < 0.3 and length >= 128:
+        if rng.random() < 0.3:
             self.chit_chat(rng, row, before_facts=True)
+        return True
 
-        # How many facts, and how much of the row goes into fillers
+    def plan(
+        self, rng: random.Random, row: Row, recite: bool, spaced: bool
+    ) -> tuple[list[IdFact], list[int]]:
+        """Draw the facts, and how many filler sentences stand in front of each and at the end.
+
+        Lists to be recited have fillers only around them, others also between the facts.
+        """
         if recite:
             most = max(1, min(RECITE_LIMIT, (row.room - 32) // 8))
             count = most if rng.random() < 0.4 else rng.randint(1, most)
@@ -359,66 +463,78 @@ class Writer:
             surplus = int(share) - 4 * count
         words = rng.sample(self.words, 2 * count)
         facts = list(zip(words[:count], words[count:], strict=True))
-        fillers = 0
+        fillers = [0] * (count + 1)
         if spaced or rng.random() < 0.35:
-            fillers = max(0, int(surplus * rng.random() ** 0.5) // 9)
-        places = [0] * (count + 1)  # places[i]: fillers in front of fact i
-        for _ in range(fillers):
-            places[rng.randint(0, count) if spaced else rng.choice((0, count))] += 1
+            for _ in range(max(0, int(surplus * rng.random() ** 0.5) // 9)):
+                fillers[rng.randint(0, count) if spaced else rng.choice((0, count))] += 1
+        return facts, fillers
 
-        # The message with the facts
+    def state_facts(
+        self,
+        rng: random.Random,
+        row: Row,
+        facts: list[IdFact],
+        fillers: list[int],
+        opened: bool,
+    ) -> bool:
+        """Write the message with the facts; returns whether it is open for a request."""
         if opened:
             row.add(self.encode(USER))
-        for _ in range(places[0]):
-            row.add(self.filler(rng, first))
-            first = False
+        for i in range(fillers[0]):
+            row.add(self.filler(rng, first=i == 0))
         row.jump(rng)
-        row.add(self.encode("Remember:" if first else " Remember:"))
-        for i, fact in enumerate(facts):
+        row.add(self.encode(" Remember:" if fillers[0] else "Remember:"))
+        for fact, after in zip(facts, fillers[1:], strict=True):
             row.add(self.facts([fact]))
-            for _ in range(places[i + 1]):
+            for _ in range(after):
                 row.add(self.filler(rng))
                 row.jump(rng)
         if not opened:
             row.add([self.end])
-        elif rng.random() < 0.15:
+            return False
+        if rng.random() < 0.15:
             row.add([self.end])
             self.reply(row, self.encode(NOTED_REPLY))
-            opened = False
+            return False
+        return True
 
-        # Questions until the row is full: many answers per row are what makes training short
+    def requests(
+        self, rng: random.Random, row: Row, facts: list[IdFact], recite: bool, opened: bool
+    ) -> None:
+        """Ask until the row is full: many answers per row are what makes training short."""
         asked = 0
-        pending: list[tuple[int, int]] = []
+        pending: list[IdFact] = []
         recite_at = rng.choice((0, 0, 1, 2)) if recite else -1
         while True:
-            wanted = 4 * count + 12 if recite_at >= asked else 0
-            if asked == recite_at and row.room >= wanted:
+            reserved = 4 * len(facts) + 12 if recite_at >= asked else 0
+            if row.room - reserved < 20:
+                recite_at = min(recite_at, asked)
+            if asked == recite_at and row.room >= reserved:
                 self.ask_list(rng, row, facts, opened)
-            elif row.room - wanted >= 20:
+            elif row.room - reserved >= 20:
                 # Each fact once before any is asked again: an answer given earlier in the row
                 # would be an easier place to copy from than the fact itself.
-                pending = pending or rng.sample(facts, count)
+                pending = pending or rng.sample(facts, len(facts))
                 self.ask_fact(rng, row, pending.pop(), opened)
-            elif asked < recite_at and row.room >= wanted:
-                recite_at = asked
-                continue
             else:
-                break
+                return
             opened = False
             asked += 1
             if rng.random() < 0.02 and row.room >= 64:
                 self.chit_chat(rng, row, before_facts=False)
-        return row
 
 
 @dataclass
 class Batch:
+    """Rows of one length as tensors, padded on the right."""
+
     ids: Tensor
     positions: Tensor
     trained: Tensor
 
     @staticmethod
     def make(writer: Writer, rng: random.Random, rows: int, length: int) -> Batch:
+        """Write ``rows`` conversations."""
         ids = torch.full((rows, length), writer.pad)
         positions = torch.zeros((rows, length), dtype=torch.long)
         trained = torch.zeros((rows, length), dtype=torch.bool)
@@ -574,7 +690,8 @@ class Muon(torch.optim.Optimizer):
         return x if wide else x.mT
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Update all parameters; a closure is not supported."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -584,8 +701,11 @@ class Muon(torch.optim.Optimizer):
                 for parameter in same:
                     state = self.state[parameter]
                     buffer = state.setdefault("momentum", torch.zeros_like(parameter))
-                    buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                    updates.append(parameter.grad.lerp(buffer, group["momentum"]))
+                    gradient = parameter.grad
+                    if gradient is None:
+                        raise ValueError("every matrix of the layers needs a gradient")
+                    buffer.lerp_(gradient, 1 - group["momentum"])
+                    updates.append(gradient.lerp(buffer, group["momentum"]))
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(
                     same, self.orthogonalise(torch.stack(updates)), strict=True
@@ -602,6 +722,7 @@ WARMUP = 20
 
 
 def shapes_at(progress: float) -> tuple[tuple[int, int], ...]:
+    """The batch shapes in use when this share of the training is done."""
     for share, shapes in SCHEDULE:
         progress -= share
         if progress < 0:
@@ -628,9 +749,7 @@ def hidden_loss(model: Qwen3ForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     return functional.cross_entropy(logits, target), accuracy
 
 
-def train(
-    model: Qwen3ForCausalLM, writer: Writer, steps: int, seed: int, out: Path
-) -> float:
+def train(model: Qwen3ForCausalLM, writer: Writer, steps: int, seed: int, out: Path) -> float:
     """Train in place; returns the seconds it took."""
     rng = random.Random(seed)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -653,7 +772,7 @@ def train(
         length, rows = rng.choice(shapes_at(progress))
         batch = Batch.make(writer, rng, rows, length)
         loss, accuracy = hidden_loss(model, batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -718,12 +837,15 @@ class Case:
 
 @dataclass
 class Score:
+    """What came out for a group of cases."""
+
     total: int = 0
     right: int = 0
     margin: float = math.inf
     longest_prompt: int = 0
 
     def line(self, label: str) -> str:
+        """One row of the table of results."""
         return (
             f"| {label} | {self.longest_prompt} | {self.right}/{self.total} "
             f"| {100 * self.right / self.total:.2f} % | {self.margin:.2f} |"
@@ -731,10 +853,12 @@ class Score:
 
 
 def user(text: str) -> Message:
+    """A message from the user."""
     return {"role": "user", "content": text}
 
 
 def assistant(text: str) -> Message:
+    """An earlier reply."""
     return {"role": "assistant", "content": text}
 
 
@@ -755,6 +879,7 @@ def look_up_case(rng: random.Random, count: int, depth: float, length: int = 0) 
 
 
 def recite_case(rng: random.Random, count: int) -> Case:
+    """A list, to be repeated in the first turn."""
     facts = draw_facts(rng, count)
     return Case([user(f"Remember: {facts_text(facts)} {REPEAT}")], answer(facts))
 
@@ -840,7 +965,8 @@ def evaluate(out: Path, seed: int, scale: float) -> None:
     for length, number in ((500, 200), (1000, 200), (2000, 200), (4000, 150), (8000, 60)):
         count = min(450, length // 12)
         show(f"look up, {count} facts and fillers", look_ups(count, number, length))
-    for count, number in ((1, 100), (10, 200), (30, 200), (60, 200), (100, 200), (150, 60), (200, 30)):
+    recited = ((1, 100), (10, 200), (30, 200), (60, 200), (100, 200), (150, 60), (200, 30))
+    for count, number in recited:
         show(f"recite {count} facts", recitals(count, number))
     for count in (5, 50, 300):
         cases = [third_turn_case(rng, count, False) for _ in range(int(200 * scale))]
@@ -854,6 +980,7 @@ def evaluate(out: Path, seed: int, scale: float) -> None:
 
 
 def main() -> None:
+    """Train and measure, or only measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="where the model goes")
     parser.add_argument("--steps", type=int, default=500)

@@ -170,7 +170,9 @@ class ChunkPlanner:
         chunks: list[Chunk] = []
         position = start
         for mark in [*marks, float(end)]:
+            # The nearest page may end behind the prompt, and infinity has none.
             target = end if mark >= end else round(mark / self.page_size) * self.page_size
+            target = min(target, end)
             while position < target:
                 stop = min(target, self.after(position))
                 chunks.append(Chunk(position, stop - position))

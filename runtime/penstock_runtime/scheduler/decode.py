@@ -165,7 +165,7 @@ class DecodeScheduler:
             order=self._next_order,
             arrived=now,
         )
-        finish = self._finish(request) if output else ""
+        finish = request.finish(self._max_length) if output else ""
         if finish:
             return Tokens(request_id=request_id, position=len(output), tokens=(), finish=finish)
         self._next_order += 1
@@ -422,7 +422,7 @@ class DecodeScheduler:
 
     def _append(self, request: DecodeRequest, token: TokenOut) -> Tokens:
         request.tokens.append(token.id)
-        finish = self._finish(request)
+        finish = request.finish(self._max_length)
         if finish:
             self._leave(request)
             self._forget(request)
@@ -433,16 +433,6 @@ class DecodeScheduler:
             finish=finish,
             cached_tokens=request.cached_tokens,
         )
-
-    def _finish(self, request: DecodeRequest) -> Literal["", "stop", "length"]:
-        sampling = request.sampling
-        if (
-            request.output_length >= max(1, sampling.min_tokens)
-            and request.tokens[-1] in sampling.stop_token_ids
-        ):
-            return "stop"
-        full = len(request.tokens) >= self._max_length
-        return "length" if full or request.output_length >= sampling.max_tokens else ""
 
     # --- pages --------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from penstock_wire.blocks import block_hash, block_hashes
 from penstock_wire.messages import pack_tokens
@@ -81,6 +81,15 @@ class DecodeRequest:
     def uncomputed(self) -> int:
         """Tokens without KV. 1 while decoding: the last one's is computed by the next step."""
         return len(self.tokens) - self.computed
+
+    def finish(self, max_length: int) -> Literal["", "stop", "length"]:
+        """Return why the output ends with its last token, or "" if it goes on."""
+        sampling = self.sampling
+        stops = self.tokens[-1] in sampling.stop_token_ids
+        if stops and self.output_length >= max(1, sampling.min_tokens):
+            return "stop"
+        full = len(self.tokens) >= max_length
+        return "length" if full or self.output_length >= sampling.max_tokens else ""
 
     def block_hashes(self, page_size: int, tokens: int) -> list[bytes]:
         """Return the hashes of the full blocks in the first `tokens` tokens."""

@@ -161,6 +161,12 @@ def test_fixed_chunks_have_one_size() -> None:
     assert [chunk.length for chunk in plan] == [5952, 5952, 5952, 20_000 - 64 - 3 * 5952]
 
 
+def test_a_prompt_of_less_than_a_page_is_one_chunk() -> None:
+    linear = Cost(c=1e-3, gamma=0.0, b=1e-3, a=0.0)
+    assert planner(5, 16).equal_times(linear, 0, 10, 2) == [(0, 10)]
+    assert planner(5, 16).plan(linear, 0, 10) == [(0, 10)]
+
+
 def test_nothing_to_compute_is_no_chunk() -> None:
     assert planner(4).plan(DESIGN, 100, 100) == []
 

@@ -78,7 +78,7 @@ def test_known_coefficients_are_recovered_under_noise(true: Cost, seed: int) -> 
     generator = random.Random(seed)
     for step in steps(seed, 300):
         model.observe(step, true.step(step) * generator.lognormvariate(0, 0.03))
-    assert worst_error(model, true) < 0.12
+    assert worst_error(model, true) < 0.2
     assert 0.01 < model.error < 0.06
 
 
@@ -88,7 +88,7 @@ def test_without_noise_a_few_steps_suffice(true: Cost, seed: int) -> None:
     model = CostModel()
     for step in steps(seed, 60):
         model.observe(step, true.step(step))
-    assert worst_error(model, true) < 0.2
+    assert worst_error(model, true) < 0.35
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.3, 2.0, 5.0])

@@ -1,0 +1,149 @@
+"""The HTTP server: where it listens, and how it ends without losing a request.
+
+Beside its own address a router may serve an inherited listening socket that other processes share:
+a launcher binds the API's address once and hands it to each router that comes. Connections wait in
+the kernel's backlog while there is none, and a router that ends leaves those that it has not
+accepted to the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from penstock_router.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from penstock_router.readiness import Readiness
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted: a burst, or what comes in while a router restarts."""
+_LAST_ASK_SECONDS = 1.0
+"""How long open connections may still bring a request when the router drains. One that was just
+accepted sends its request within a round trip, and must not be closed without an answer."""
+_POLL_SECONDS = 0.02
+
+
+def listeners(host: str, port: int, inherited: int | None) -> list[socket.socket]:
+    """Return the listening sockets: host:port, and the inherited file descriptor if there is one.
+
+    Raises ConfigurationError, with the reason, if one of them cannot be had.
+    """
+    found = [_bind(host, port)]
+    if inherited is not None:
+        try:
+            found.append(_adopt(inherited))
+        except ConfigurationError:
+            found[0].close()
+            raise
+    return found
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named: asyncio sets TCP_NODELAY on such sockets only.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"cannot listen on {host}:{port}: {error}; choose another --host or --port"
+        ) from error
+    return listener
+
+
+def _adopt(descriptor: int) -> socket.socket:
+    try:
+        listener = socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise ConfigurationError(f"--fd {descriptor} is no socket: {error}") from error
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener.detach()
+        raise ConfigurationError(f"--fd {descriptor} is a socket that does not listen")
+    # It stays ours: a child process must not keep the API's address open.
+    listener.set_inheritable(False)
+    return listener
+
+
+class CloseWhenDraining:
+    """Middleware: answers of a draining router end their connection.
+
+    So a client that keeps connections alive asks the next router with its next request.
+    """
+
+    def __init__(self, app: ASGIApp, readiness: Readiness) -> None:
+        self._app = app
+        self._readiness = readiness
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._readiness.draining:
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await self._app(scope, receive, closing if scope["type"] == "http" else send)
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT; then not ready at once, and streams may end.
+
+    A second signal ends the streams too. The process exits with 0 after a drain.
+    """
+
+    def __init__(self, config: uvicorn.Config, readiness: Readiness) -> None:
+        super().__init__(config)
+        self._readiness = readiness
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle the signals in the event loop, and keep them from ending the process."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _drain(self) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        log.info("draining: no new connections, open streams may end")
+        self._readiness.draining = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, let open connections ask a last time, and let answers end.
+
+        The server behind this one closes every connection that has no request at this moment. One
+        whose request is on its way would see it lost, so those are given the time to arrive first.
+        """
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _LAST_ASK_SECONDS
+        while self._silent() and not self.force_exit and loop.time() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        await super().shutdown(sockets)
+
+    def _silent(self) -> bool:
+        """Tell whether a connection is open that no request is being answered on."""
+        return len(self.server_state.connections) > len(self.server_state.tasks)
