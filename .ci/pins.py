@@ -1,8 +1,8 @@
 """The pins live in pyproject.toml (for uv); constraints.txt repeats them for pip. Keep both equal.
 
-    python .ci/pins.py            write constraints.txt from pyproject.toml
-    python .ci/pins.py --check    fail if they differ, or a requirement has no pin
-    python .ci/pins.py --freeze   rewrite both from the packages of this environment
+python .ci/pins.py            write constraints.txt from pyproject.toml
+python .ci/pins.py --check    fail if they differ, or a requirement has no pin
+python .ci/pins.py --freeze   rewrite both from the packages of this environment
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ def write_desired(state: StateDir, desired: Desired) -> None:
 def local_targets(service: InferenceService) -> dict[Role, Target]:
     """Return what each role should come to on one machine.
 
-    There is one router, because one process listens at the API's address, and for the same reason
-    it is replaced rather than surged.
+    One router is enough for one machine. A new one starts before the old one ends, as all roles do:
+    they share the API's listening socket.
     """
     layout = manifests.layout(service)
     targets: dict[Role, Target] = {}
@@ -100,12 +100,10 @@ def local_targets(service: InferenceService) -> dict[Role, Target]:
         if part is None:
             targets[role] = Target(replicas=0, revision="", layout=layout)
             continue
-        router = role == "router"
         targets[role] = Target(
-            replicas=1 if router else part.wanted,
+            replicas=1 if role == "router" else part.wanted,
             revision=manifests.revision(service, role),
             layout=layout,
-            surge=0 if router else 1,
         )
     return targets
 

@@ -93,9 +93,9 @@ class Fleet:
         return seen
 
     def router(self) -> LocalPod | None:
-        """Return the router's pod."""
+        """Return the router that speaks for the service: a ready one if there is one."""
         routers = [pod for pod in self._active() if pod.launch.identity.role == "router"]
-        return routers[-1] if routers else None
+        return max(routers, key=lambda pod: pod.ready, default=None)
 
     # --- changes ------------------------------------------------------------------------------
 

@@ -43,8 +43,8 @@ class Identity:
 class Surroundings:
     """What the machine provides."""
 
-    host: str
-    port: int
+    api: int
+    """File descriptor of the API's listening socket, for routers to inherit."""
     hosts_file: Path
     endpoints_file: Path
     secrets: Mapping[str, Path]
@@ -78,7 +78,9 @@ class Launch:
     control: str
     """host:port of a worker's control server, empty for a router."""
     http: str
-    """host:port of health, metrics and, for a router, the API."""
+    """host:port of health, metrics and, for a router, the API as this very process answers it."""
+    inherits: tuple[int, ...]
+    """File descriptors that the process keeps."""
     startup: Probe
     readiness: Probe
     liveness: Probe
@@ -100,8 +102,7 @@ def launch(template: Object, identity: Identity, around: Surroundings) -> Launch
     env = _environment(spec, container, identity, pod_labels, around)
     args = [_localize(substitute(arg, env), mounts) for arg in container.get("args", [])]
     router = identity.role == "router"
-    http_host = f"{around.host}:{around.port}" if router else identity.address
-    http = http_host if router else f"{http_host}:{labels.HTTP_PORT}"
+    http = f"{identity.address}:{labels.HTTP_PORT}"
     return Launch(
         identity=identity,
         argv=(*_program(container["command"], around), *args, *_overrides(args, identity, around)),
@@ -110,6 +111,7 @@ def launch(template: Object, identity: Identity, around: Surroundings) -> Launch
         revision=pod_labels[labels.REVISION],
         control="" if router else f"{identity.address}:{labels.CONTROL_PORT}",
         http=http,
+        inherits=(around.api,) if router else (),
         startup=_probe(container["startupProbe"], http),
         readiness=_probe(container["readinessProbe"], http),
         liveness=_probe(container["livenessProbe"], http),
@@ -142,8 +144,10 @@ def _program(command: list[str], around: Surroundings) -> tuple[str, ...]:
 
 def _overrides(args: list[str], identity: Identity, around: Surroundings) -> list[str]:
     if identity.role == "router":
-        listen = ["--host", around.host, "--port", str(around.port)]
-        return [*listen, "--discovery", f"file:{around.endpoints_file}"]
+        # At its own address it is probed, as a pod is; clients come by the shared socket, as by a
+        # Service.
+        listen = ["--host", identity.address, "--port", str(labels.HTTP_PORT)]
+        return [*listen, "--fd", str(around.api), "--discovery", f"file:{around.endpoints_file}"]
     threads = [] if "--threads" in args else ["--threads", str(around.threads)]
     return ["--hosts-file", str(around.hosts_file), *threads]
 

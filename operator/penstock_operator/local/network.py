@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CLAIM_PORT = 7999
+_API_BACKLOG = 2048
+"""Connections that may wait for a router to accept them: what comes in while it restarts."""
 _FIRST, _COUNT = 64, 190  # 127.0.0, 127.0.1 and 127.0.53 are in use on many systems
 
 
@@ -84,17 +86,32 @@ class LoopbackNetwork:
 
 
 def _try_bind(host: str, port: int) -> None:
+    _listen(host, port, backlog=1).close()
+
+
+def _listen(host: str, port: int, *, backlog: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-        probe.listen(1)  # two sockets may be bound with SO_REUSEADDR, but only one listens
-
-
-def check_port_free(host: str, port: int) -> None:
-    """Raise PortInUse unless the API can listen on `host`:`port`."""
+    listener = socket.socket(family)
     try:
-        _try_bind(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(backlog)  # two may be bound with SO_REUSEADDR, but only one listens
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def listen_for_api(host: str, port: int) -> socket.socket:
+    """Return the API's listening socket, which routers inherit one after another.
+
+    It stays open for the life of the service, as a cluster's Service stays while its pods come and
+    go: connections wait in its backlog while no router accepts them.
+
+    Raises PortInUse if `host`:`port` cannot be listened on.
+    """
+    try:
+        return _listen(host, port, backlog=_API_BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(

@@ -181,7 +181,7 @@ class LocalPod:
 
     async def _run_once(self) -> None:
         """Run the process to its end, and say why it ended."""
-        process = Process(self.launch.argv, self.launch.env, self._print)
+        process = Process(self.launch.argv, self.launch.env, self._print, self.launch.inherits)
         self._process = process
         self._prober = Prober(
             self.launch,

@@ -32,10 +32,16 @@ class Process:
     crashed program's children may hold it for ever.
     """
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], on_line: OnLine) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        on_line: OnLine,
+        inherits: Sequence[int] = (),
+    ) -> None:
         """Start `argv` in a session of its own; every line it prints goes to `on_line`.
 
-        A program that cannot be run ends with code 127 and says why.
+        The file descriptors in `inherits` stay open in it, under their numbers. A program that cannot be run ends with code 127 and says why.
         """
         self._popen = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_SHIM), str(os.getpid()), *argv],
@@ -44,6 +50,7 @@ class Process:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+            pass_fds=inherits,
         )
         self.pid = self._popen.pid
         self.started = start_time(self.pid)

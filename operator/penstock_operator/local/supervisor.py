@@ -27,7 +27,7 @@ from penstock_operator.local.desired import (
 )
 from penstock_operator.local.fleet import Fleet
 from penstock_operator.local.kubelet import Surroundings, threads_for_workers
-from penstock_operator.local.network import LoopbackNetwork, check_port_free
+from penstock_operator.local.network import LoopbackNetwork, listen_for_api
 from penstock_operator.local.processes import kill_leftover
 from penstock_operator.local.progress import ProgressTeller
 from penstock_operator.local.state import write_private
@@ -37,6 +37,7 @@ from penstock_operator.status import Observation, compute_status, transitions
 from penstock_wire.keys import Keys
 
 if TYPE_CHECKING:
+    import socket
     from pathlib import Path
 
     from penstock_operator.api import InferenceService, Status
@@ -71,6 +72,7 @@ class Supervisor:
         self._written: list[dict[str, object]] | None = None
         self._secrets: dict[str, Path] = {}
         self._trouble = ""
+        self._url = ""
         self._progress = ProgressTeller(terminal)
 
     async def run(self) -> None:
@@ -85,25 +87,28 @@ class Supervisor:
             write_desired(self._state, first)
             self._read_desired()
             port = self._settings.port or self._service.spec.router.port
-            check_port_free(self._settings.host, port)
-            network = LoopbackNetwork.claim(
-                self._state.name, (labels.CONTROL_PORT, labels.HTTP_PORT)
-            )
-            try:
-                Keys.generate().save(self._state.keys)
-                async with httpx.AsyncClient(trust_env=False) as client:
-                    fleet = Fleet(
-                        state=self._state,
-                        settings=self._settings,
-                        network=network,
-                        client=client,
-                        terminal=self._terminal,
-                        on_change=self._wake.set,
-                    )
-                    await self._run_fleet(fleet, port)
-            finally:
-                network.close()
-                self._forget()
+            with listen_for_api(self._settings.host, port) as listener:
+                self._url = local_url(self._settings.host, port)
+                await self._run_here(listener)
+
+    async def _run_here(self, listener: socket.socket) -> None:
+        """Run the service at the API's listening socket, on a loopback network of its own."""
+        network = LoopbackNetwork.claim(self._state.name, (labels.CONTROL_PORT, labels.HTTP_PORT))
+        try:
+            Keys.generate().save(self._state.keys)
+            async with httpx.AsyncClient(trust_env=False) as client:
+                fleet = Fleet(
+                    state=self._state,
+                    settings=self._settings,
+                    network=network,
+                    client=client,
+                    terminal=self._terminal,
+                    on_change=self._wake.set,
+                )
+                await self._run_fleet(fleet, listener)
+        finally:
+            network.close()
+            self._forget()
 
     @property
     def _service(self) -> InferenceService:
@@ -112,7 +117,7 @@ class Supervisor:
 
     # --- the loop -----------------------------------------------------------------------------
 
-    async def _run_fleet(self, fleet: Fleet, port: int) -> None:
+    async def _run_fleet(self, fleet: Fleet, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         handled = [n for n in _SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup stays
         for number in handled:
@@ -121,12 +126,14 @@ class Supervisor:
             while not self._ending.is_set():
                 self._wake.clear()
                 try:
-                    self._step(fleet, port)
+                    self._step(fleet, listener)
                 except StateError as error:  # a full disk must not end what serves
                     self._complain(str(error))
                 await self._pause()
         finally:
-            await self._end(fleet, port)
+            # From here on clients are refused, not kept waiting for nobody.
+            listener.close()
+            await self._end(fleet)
             for number in handled:
                 loop.remove_signal_handler(number)
 
@@ -142,7 +149,7 @@ class Supervisor:
             self._trouble = trouble
             self._terminal.say(trouble)
 
-    def _step(self, fleet: Fleet, port: int) -> None:
+    def _step(self, fleet: Fleet, listener: socket.socket) -> None:
         """Make one pass."""
         try:
             self._read_desired()
@@ -152,9 +159,9 @@ class Supervisor:
         for pod in fleet.pods():
             pod.check()
         fleet.apply(service, plan(local_targets(service), fleet.workloads()))
-        fleet.reconcile(service, self._surroundings(service, port))
+        fleet.reconcile(service, self._surroundings(service, listener))
         fleet.publish(service)
-        self._report(fleet, service, port)
+        self._report(fleet, service)
 
     def _read_desired(self) -> None:
         """Take in what commands have written since the last time."""
@@ -169,7 +176,7 @@ class Supervisor:
         self._desired = read_desired(self._state)
         self._secrets = self._local_secrets(self._desired.service)
 
-    def _report(self, fleet: Fleet, service: InferenceService, port: int) -> None:
+    def _report(self, fleet: Fleet, service: InferenceService) -> None:
         """Write what is seen, when it differs from what was written."""
         assert self._desired is not None
         router = fleet.router()
@@ -178,7 +185,7 @@ class Supervisor:
             workloads=[w for w in fleet.workloads() if w.replicas],
             pods=[pod.observe() for pod in fleet.pods()],
             router=router.router_answer() if router else None,
-            url=local_url(self._settings.host, port),
+            url=self._url,
         )
         status = compute_status(
             observation,
@@ -214,13 +221,12 @@ class Supervisor:
 
     # --- surroundings -------------------------------------------------------------------------
 
-    def _surroundings(self, service: InferenceService, port: int) -> Surroundings:
+    def _surroundings(self, service: InferenceService, listener: socket.socket) -> Surroundings:
         prefill = service.spec.prefill
         stages = prefill.wanted * prefill.pipeline_parallel if prefill else 0
         workers = stages + service.spec.decode.wanted
         return Surroundings(
-            host=self._settings.host,
-            port=port,
+            api=listener.fileno(),
             hosts_file=self._state.hosts_file,
             endpoints_file=self._state.endpoints_file,
             secrets=self._secrets,
@@ -281,7 +287,7 @@ class Supervisor:
         self._ending.set()
         self._wake.set()
 
-    async def _end(self, fleet: Fleet, port: int) -> None:
+    async def _end(self, fleet: Fleet) -> None:
         """Drain everything, then kill what is left; a second signal kills at once."""
         pods = fleet.pods()
         if pods:
@@ -297,7 +303,7 @@ class Supervisor:
                     pod.kill()
             self._wake.clear()
             with contextlib.suppress(StateError):  # nobody reads it much longer
-                self._report(fleet, self._service, port)
+                self._report(fleet, self._service)
             await self._pause()
         for pod in pods:
             pod.check()

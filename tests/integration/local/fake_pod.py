@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,10 +31,13 @@ def main() -> None:
         print(f"child {child.pid}", flush=True)
     host, port = (args.host, str(args.port)) if kind == "router" else args.http.split(":")
     server = _Server((host, int(port)), args, kind)
+    shared = server.sharing(args.fd) if args.fd is not None else None
     stop = threading.Event()
 
     def on_term(*_: object) -> None:
         server.draining = True
+        if shared is not None:
+            shared.socket.close()  # the next router accepts from now on
         if not args.fake_stubborn:
             stop.set()
 
@@ -52,6 +56,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     for flag in ("name", "http", "bind", "host", "revision", "discovery", "keys", "hosts-file"):
         parser.add_argument(f"--{flag}")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--fd", type=int)
     parser.add_argument("--require-prefill", action=argparse.BooleanOptionalAction)
     parser.add_argument("--fake-load", type=float, default=0.0)
     parser.add_argument("--fake-drain", type=float, default=0.0)
@@ -64,12 +69,29 @@ def _parse(words: list[str]) -> argparse.Namespace:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], args: argparse.Namespace, kind: str) -> None:
-        super().__init__(address, _Handler)
+    def __init__(
+        self,
+        address: tuple[str, int],
+        args: argparse.Namespace,
+        kind: str,
+        inherited: socket.socket | None = None,
+    ) -> None:
+        super().__init__(address, _Handler, bind_and_activate=inherited is None)
+        if inherited is not None:
+            self.socket.close()
+            self.socket = inherited
         self.args = args
         self.kind = kind
         self.draining = False
         self.began = time.monotonic()
+
+    def sharing(self, descriptor: int) -> _Server:
+        """Serve an inherited listening socket too."""
+        inherited = socket.socket(fileno=descriptor)
+        inherited.setblocking(False)  # whoever shares it may be faster to accept
+        server = _Server(("", 0), self.args, self.kind, inherited)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        return server
 
     def worker_ready(self) -> tuple[bool, dict[str, object]]:
         load = self.args.fake_load

@@ -37,7 +37,7 @@ def run(chosen: InferenceService, role: Role, root: Path, stage: int = 0) -> Lau
         workload=workload["metadata"]["name"], address="127.0.70.2", stage=stage,
     )  # fmt: skip
     around = Surroundings(
-        host="127.0.0.1", port=9000, hosts_file=root / "hosts", endpoints_file=root / "ends",
+        api=9, hosts_file=root / "hosts", endpoints_file=root / "ends",
         secrets={"chat-keys": root / "keys", "access": root / "access"},
         programs={"penstock-worker": ("py", "worker"), "penstock-router": ("py", "router")},
         threads=3,
@@ -68,13 +68,17 @@ def test_the_manifests_own_cpu_wins_over_the_machines_share(tmp_path: Path) -> N
     assert [found.argv[i + 1] for i, a in enumerate(found.argv) if a == "--threads"] == ["2"]
 
 
-def test_the_router_listens_where_it_is_told(tmp_path: Path) -> None:
+def test_the_router_is_probed_at_its_own_address_and_inherits_the_apis_socket(
+    tmp_path: Path,
+) -> None:
     found = run(service(router={"apiKeySecret": "access"}), "router", tmp_path)
-    assert last(found.argv, "--host") == "127.0.0.1"
-    assert last(found.argv, "--port") == "9000"
+    assert last(found.argv, "--host") == "127.0.70.2"
+    assert last(found.argv, "--port") == "7001"
+    assert last(found.argv, "--fd") == "9"
+    assert found.inherits == (9,)
     assert last(found.argv, "--discovery") == f"file:{tmp_path / 'ends'}"
     assert last(found.argv, "--api-key-file") == str(tmp_path / "access" / "api-key")
-    assert found.readiness.url == "http://127.0.0.1:9000/ready"
+    assert found.readiness.url == "http://127.0.70.2:7001/ready"
     assert found.control == ""
 
 

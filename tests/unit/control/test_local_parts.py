@@ -27,7 +27,7 @@ from penstock_operator.local.desired import (
 )
 from penstock_operator.local.follow import LogReader
 from penstock_operator.local.logs import LineSplitter, LogFile, Terminal
-from penstock_operator.local.network import LoopbackNetwork, check_port_free
+from penstock_operator.local.network import LoopbackNetwork, listen_for_api
 from penstock_operator.local.processes import Process, exit_reason, kill_leftover, start_time
 from penstock_operator.local.state import StateDir, services
 from penstock_operator.local.tables import age_text, example_request, table
@@ -105,9 +105,9 @@ def test_scaling_what_is_not_there_or_to_nothing_is_refused() -> None:
             wanted.scale(role, replicas)  # type: ignore[arg-type]
 
 
-def test_one_machine_has_one_router_replaced_in_place() -> None:
+def test_one_machine_has_one_router_and_its_successor_starts_first() -> None:
     targets = local_targets(service(router={"replicas": 3}))
-    assert (targets["router"].replicas, targets["router"].surge) == (1, 0)
+    assert (targets["router"].replicas, targets["router"].surge) == (1, 1)
     assert targets["prefill"].replicas == 0
 
 
@@ -147,8 +147,8 @@ def test_a_port_taken_on_every_address_is_told() -> None:
             LoopbackNetwork.claim("chat", (port,))
         assert "ss -ltnp" in caught.value.remedy
         with pytest.raises(PortInUse, match=f"127.0.0.1:{port} is in use"):
-            check_port_free("127.0.0.1", port)
-    check_port_free("127.0.0.1", port)
+            listen_for_api("127.0.0.1", port)
+    listen_for_api("127.0.0.1", port).close()
 
 
 # --- processes --------------------------------------------------------------------------------
