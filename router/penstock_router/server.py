@@ -140,7 +140,9 @@ class Server(uvicorn.Server):
             server.close()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _LAST_ASK_SECONDS
-        while self._silent() and not self.force_exit and loop.time() < deadline:
+        while (  # noqa: ASYNC110 - the connections are uvicorn's, and announce nothing
+            self._silent() and not self.force_exit and loop.time() < deadline
+        ):
             await asyncio.sleep(_POLL_SECONDS)
         await super().shutdown(sockets)
 

@@ -197,8 +197,11 @@ class ControlServer:
         if known is not None and known.hello.boot_id == hello.boot_id:
             known.last_heard = now
             return
-        if known is not None:
-            self._lose(identity, known)
+        # A name has one living process with one connection: what came before is over, and whoever
+        # watches must hear of its end before the new beginning.
+        for other, session in list(self._sessions.items()):
+            if (session.hello.role, session.hello.name) == (hello.role, hello.name):
+                self._lose(other, session)
         session = Session(hello, LinkState.READY, now, self, identity)
         self._sessions[identity] = session
         self._on_join(session)

@@ -41,7 +41,8 @@ class Process:
     ) -> None:
         """Start `argv` in a session of its own; every line it prints goes to `on_line`.
 
-        The file descriptors in `inherits` stay open in it, under their numbers. A program that cannot be run ends with code 127 and says why.
+        The file descriptors in `inherits` stay open in it, under their numbers.
+        A program that cannot be run ends with code 127 and says why.
         """
         self._popen = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_SHIM), str(os.getpid()), *argv],

@@ -68,7 +68,7 @@ def test_the_manifests_own_cpu_wins_over_the_machines_share(tmp_path: Path) -> N
     assert [found.argv[i + 1] for i, a in enumerate(found.argv) if a == "--threads"] == ["2"]
 
 
-def test_the_router_is_probed_at_its_own_address_and_inherits_the_apis_socket(
+def test_the_router_has_its_own_address_and_inherits_the_apis_socket(
     tmp_path: Path,
 ) -> None:
     found = run(service(router={"apiKeySecret": "access"}), "router", tmp_path)

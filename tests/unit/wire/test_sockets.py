@@ -147,6 +147,18 @@ async def test_server_notices_a_client_that_went_away() -> None:
             session.send(Cancel(request_id="r"))
 
 
+async def test_a_new_connection_of_the_same_process_ends_the_old_one_first() -> None:
+    keys, address = Keys.generate(), free_address()
+    async with serving(address, keys) as server:
+        async with connected(address, keys), connected(address, keys):
+            first = await server.next()
+            lost = await server.next()
+            second = await server.next()
+        assert [kind for kind, _, _ in (first, lost, second)] == ["join", "lost", "join"]
+        assert lost[1] is first[1]
+        assert second[1] is not first[1]
+
+
 async def test_draining_travels_with_heartbeats() -> None:
     keys, address = Keys.generate(), free_address()
     async with serving(address, keys) as server, connected(address, keys) as client:
