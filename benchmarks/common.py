@@ -71,6 +71,37 @@ def _split(line: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+def busy_seconds() -> float:
+    """Return the core-seconds that all processes have used since the machine started."""
+    words = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, words[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def group_cpu_seconds(group: int) -> float:
+    """Return the core-seconds of the processes of a process group."""
+    ticks = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        # The name, in brackets, may hold anything.
+        try:
+            fields = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+        if int(fields[2]) == group:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_calm(seconds: float) -> None:
+    """Wait until other processes take less than a tenth of the cores, at most so long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        before = busy_seconds()
+        time.sleep(1)
+        if busy_seconds() - before < 0.1 * cores():
+            return
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Of one process, in MiB."""
@@ -126,7 +157,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
         for line in lines
     )
 

@@ -159,7 +159,10 @@ class Builder:
                 max_batch_tokens=max(
                     settings.max_chunk_tokens, settings.max_batch + settings.page_size
                 ),
-                remote=RemoteSettings(least_tokens=settings.local_prefill_tokens + 1),
+                remote=RemoteSettings(
+                    least_tokens=settings.local_prefill_tokens + 1,
+                    group_wait_seconds=settings.group_wait_seconds,
+                ),
             ),
         )
 

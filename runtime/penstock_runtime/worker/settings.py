@@ -50,6 +50,7 @@ class WorkerSettings:
     max_chunk_tokens: int
     max_batch: int
     local_prefill_tokens: int
+    group_wait_seconds: float
     drain_seconds: float
 
     def peer(self, stage: int) -> str:
@@ -135,6 +136,13 @@ def parser() -> argparse.ArgumentParser:
         default=64,
         help="a decode worker prefills remainders up to this many tokens itself: sending them "
         "away would cost more than computing them (default: 64)",
+    )
+    a(
+        "--group-wait-seconds",
+        type=float,
+        default=10.0,
+        help="a decode worker whose prefill group went away waits this long for it before it "
+        "prefills by itself: about a stage's restart (default: 10)",
     )
     a(
         "--drain-seconds",

@@ -1,0 +1,171 @@
+"""Our engine as `engine_worker.py` measures it: what a decode worker runs in aggregated mode.
+
+Scheduler, prefix cache, compute thread, sampler and streaming callbacks are all in it; sockets and
+transfers are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from engine_worker import MAX_MODEL_LEN, Generated
+
+from penstock_runtime.attention.paged_cpu import PagedCpuAttention, Timings
+from penstock_runtime.engine.compute import Compute
+from penstock_runtime.engine.decode import DecodeEngine
+from penstock_runtime.engine.runner import DecodeRunner
+from penstock_runtime.kvcache.pool import PagePool
+from penstock_runtime.kvcache.tensors import PoolTensor
+from penstock_runtime.model.config import DTYPES, ModelConfig
+from penstock_runtime.model.transformer import Transformer
+from penstock_runtime.scheduler.decode import DecodeScheduler, DecodeSettings
+from penstock_runtime.transfer.ownership import GrantLedger
+from penstock_wire.messages import Generate, Sampling, Tokens, pack_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine_worker import Options
+
+    from penstock_wire.messages import Message
+
+PAGE_SIZE = 32
+"""The default of the workers."""
+READ_BYTES = 512 * 2**20
+MATRIX = 2048
+
+
+class Engine:
+    """A decode worker's engine that prefills for itself."""
+
+    def __init__(self, options: Options) -> None:
+        self._runner = asyncio.Runner()
+        self._compute = Compute(options.threads)
+        self._request_ids = map(str, itertools.count(1))
+        self._timings: Timings | None = None
+        model, memory = self._run(_load, options)
+        if isinstance(model.attention, PagedCpuAttention):
+            self._timings = model.attention.timings = Timings()
+        pool = PagePool(memory.pages, PAGE_SIZE)
+        settings = DecodeSettings(max_batch_tokens=options.chunk_tokens)
+        self._engine = DecodeEngine(
+            scheduler=DecodeScheduler(pool, MAX_MODEL_LEN, settings),
+            pool=pool,
+            ledger=GrantLedger(pool),
+            runner=DecodeRunner(model, memory),
+            compute=self._compute,
+            model_digest="benchmark",
+            open_group=_no_group,
+        )
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the function's result, computed on the engine's own thread."""
+
+        async def run() -> Any:
+            return await self._compute.run(function, *arguments)
+
+        return self._runner.run(run())
+
+    def generate(self, prompt_tokens: list[list[int]], count: int) -> Generated:
+        """See `engine_worker.Engine`."""
+        return self._runner.run(self._generate(prompt_tokens, count))
+
+    async def _generate(self, prompt_tokens: list[list[int]], count: int) -> Generated:
+        sampling = Sampling(seed=0, temperature=0, max_tokens=count)
+        # Its loop runs during the call only: an engine that waits leaves the cores alone.
+        async with asyncio.TaskGroup() as group:
+            loop = group.create_task(self._engine.run())
+            started = time.perf_counter()
+            outputs = [_Output() for _ in prompt_tokens]
+            for tokens, output in zip(prompt_tokens, outputs, strict=True):
+                request = Generate(
+                    request_id=next(self._request_ids),
+                    tokens=pack_tokens(tokens),
+                    sampling=sampling,
+                )
+                self._engine.generate(request, self, output.take)
+            for output in outputs:
+                await output.ended
+            seconds = time.perf_counter() - started
+            loop.cancel()
+        return Generated(seconds, [output.tokens for output in outputs])
+
+    def parts(self) -> dict[str, float]:
+        """See `engine_worker.Engine`: `step` is the model and the sampler, of which `attention`,
+        of which `gather`. What is not in `step` is the engine around the model.
+        """
+        stats, timings = self._engine.stats, self._timings
+        parts = {"step": stats.compute_seconds}
+        stats.compute_seconds = 0.0
+        if timings is not None:
+            parts |= {"attention": timings.attention, "gather": timings.gather}
+            timings.attention = timings.gather = 0.0
+        return parts
+
+    def limits(self) -> dict[str, float]:
+        """See `engine_worker.Engine`: with the engine's own threads."""
+        limits: dict[str, float] = self._run(_limits)
+        return limits
+
+
+class _Output:
+    """What the engine streams for one request."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def take(self, message: Message) -> None:
+        """Take a message."""
+        if not isinstance(message, Tokens):
+            self.ended.set_exception(RuntimeError(f"the engine refused: {message}"))
+            return
+        self.tokens += [token.id for token in message.tokens]
+        if message.finish:
+            self.ended.set_result(None)
+
+
+def _load(options: Options) -> tuple[Transformer, PoolTensor]:
+    config = ModelConfig.from_directory(options.model)
+    dtype, layers = DTYPES[options.dtype], (0, config.layers)
+    model = Transformer.load(
+        options.model,
+        config,
+        layers=layers,
+        embed=True,
+        head=True,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    layout = config.kv_layout(layers=layers, page_size=PAGE_SIZE, dtype=dtype)
+    pages = options.kv_bytes // layout.page_bytes
+    return model, PoolTensor(layout, pages, dtype=dtype, device=model.device)
+
+
+def _no_group(*_: object) -> Any:
+    raise AssertionError("no prefill group was announced")
+
+
+def _limits() -> dict[str, float]:
+    """Return GFLOP/s of square matrix products, and GB/s of reading."""
+    limits: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
+        seconds = _best_seconds(torch.mm, a, b)
+        limits[f"{str(dtype).removeprefix('torch.')}_gflops"] = 2e-9 * MATRIX**3 / seconds
+    memory = torch.ones(READ_BYTES // 4)
+    limits["read_gbytes"] = 1e-9 * READ_BYTES / _best_seconds(torch.sum, memory)
+    return limits
+
+
+def _best_seconds(function: Callable[..., object], *arguments: object) -> float:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        function(*arguments)
+        times.append(time.perf_counter() - started)
+    return min(times)

