@@ -454,7 +454,11 @@ class Writer:
         """
         if recite:
             most = max(1, min(RECITE_LIMIT, (row.room - 32) // 8))
-            count = most if rng.random() < 0.4 else rng.randint(1, most)
+            chosen = rng.random()
+            if chosen < 0.15:
+                count = rng.randint(1, min(4, most))
+            else:
+                count = most if chosen < 0.5 else rng.randint(1, most)
             surplus = row.room - 32 - 8 * count
         else:
             share = rng.uniform(0.2, 0.85) * row.room
@@ -666,6 +670,13 @@ SCHEDULE: tuple[tuple[float, tuple[tuple[int, int], ...]], ...] = (
     (0.20, ((256, 16), (1024, 4), (2048, 2), (4096, 2))),
 )
 
+# What a continued training sees: every length at once, up to the longest, and smaller steps.
+FINISH: tuple[tuple[float, tuple[tuple[int, int], ...]], ...] = (
+    (1.00, ((128, 32), (256, 16), (256, 16), (512, 8), (1024, 4), (1024, 4), (2048, 2),
+            (2048, 2), (4096, 1), (4096, 1), (8192, 1))),
+)  # fmt: skip
+FINISH_FACTOR = 0.4
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the weight matrices of the layers.
@@ -721,13 +732,15 @@ NORM_LR = 1e-2
 WARMUP = 20
 
 
-def shapes_at(progress: float) -> tuple[tuple[int, int], ...]:
+def shapes_at(
+    schedule: tuple[tuple[float, tuple[tuple[int, int], ...]], ...], progress: float
+) -> tuple[tuple[int, int], ...]:
     """The batch shapes in use when this share of the training is done."""
-    for share, shapes in SCHEDULE:
+    for share, shapes in schedule:
         progress -= share
         if progress < 0:
             return shapes
-    return SCHEDULE[-1][1]
+    return schedule[-1][1]
 
 
 def hidden_loss(model: Qwen3ForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -749,9 +762,12 @@ def hidden_loss(model: Qwen3ForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     return functional.cross_entropy(logits, target), accuracy
 
 
-def train(model: Qwen3ForCausalLM, writer: Writer, steps: int, seed: int, out: Path) -> float:
+def train(
+    model: Qwen3ForCausalLM, writer: Writer, steps: int, seed: int, out: Path, resumed: bool
+) -> float:
     """Train in place; returns the seconds it took."""
-    rng = random.Random(seed)
+    rng = random.Random(f"continued {seed}" if resumed else seed)
+    schedule = FINISH if resumed else SCHEDULE
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     norms = [p for p in model.parameters() if p.ndim == 1]
     optimizers: list[torch.optim.Optimizer] = [
@@ -760,6 +776,8 @@ def train(model: Qwen3ForCausalLM, writer: Writer, steps: int, seed: int, out: P
         torch.optim.Adam(norms, lr=NORM_LR, betas=(0.9, 0.98)),
     ]
     peaks = [MUON_LR, EMBED_LR, NORM_LR]
+    if resumed:
+        peaks = [FINISH_FACTOR * peak for peak in peaks]
     started = time.monotonic()
     seen = 0
     for step in range(steps):
@@ -769,7 +787,7 @@ def train(model: Qwen3ForCausalLM, writer: Writer, steps: int, seed: int, out: P
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        length, rows = rng.choice(shapes_at(progress))
+        length, rows = rng.choice(shapes_at(schedule, progress))
         batch = Batch.make(writer, rng, rows, length)
         loss, accuracy = hidden_loss(model, batch)
         torch.autograd.backward(loss)
@@ -988,6 +1006,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--eval-only", action="store_true", help="measure what is in --out")
     parser.add_argument(
+        "--resume", action="store_true", help="train the model in --out further, on all lengths"
+    )
+    parser.add_argument(
         "--eval-scale", type=float, default=1.0, help="share of the evaluation cases to run"
     )
     options = parser.parse_args()
@@ -998,9 +1019,12 @@ def main() -> None:
         check_tokenizer(tokenizer)
         writer = Writer(tokenizer)
         check_writer(writer, options.seed)
-        model = make_model(tokenizer)
+        if options.resume:
+            model = AutoModelForCausalLM.from_pretrained(options.out)
+        else:
+            model = make_model(tokenizer)
         print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters())} parameters")
-        seconds = train(model, writer, options.steps, options.seed, options.out)
+        seconds = train(model, writer, options.steps, options.seed, options.out, options.resume)
         save(model, tokenizer, options.out)
         print(f"trained in {seconds / 60:.1f} minutes")
     evaluate(options.out, options.seed, options.eval_scale)

@@ -149,7 +149,8 @@ def _overrides(args: list[str], identity: Identity, around: Surroundings) -> lis
         listen = ["--host", identity.address, "--port", str(labels.HTTP_PORT)]
         return [*listen, "--fd", str(around.api), "--discovery", f"file:{around.endpoints_file}"]
     threads = [] if "--threads" in args else ["--threads", str(around.threads)]
-    return ["--hosts-file", str(around.hosts_file), *threads]
+    # Every process is on this machine: KV and activations are not offered to any other.
+    return ["--hosts-file", str(around.hosts_file), "--net-device", "lo", *threads]
 
 
 def _environment(

@@ -100,7 +100,7 @@ class Chain:
         self._on_formed = on_formed
         self._on_broken = on_broken
         self._settings = settings or ChainSettings()
-        self._answers: asyncio.Queue[Prepared | Formed] = asyncio.Queue()
+        self._answers: asyncio.Queue[Prepared | Formed | LinkDown] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._boots: tuple[str, ...] = ()
         self._own: set[asyncio.Task[None]] = set()
@@ -122,7 +122,11 @@ class Chain:
         """A stage's control link changed."""
         if state is LinkState.LOST:
             name = hello.name if hello is not None else "?"
-            self.broken(f"stage {stage} ({name}) is lost")
+            reason = f"stage {stage} ({name}) is lost"
+            self.broken(reason)
+            # A data path breaks before its control link does, so the next epoch may be forming
+            # already: it need not wait for answers that cannot come.
+            self._answers.put_nowait(LinkDown(reason))
         self._changed.set()
 
     def broken(self, reason: str) -> None:
@@ -205,5 +209,7 @@ class Chain:
     async def _next(self, kind: type[_A]) -> _A:
         while True:
             message = await self._answers.get()
+            if isinstance(message, LinkDown):
+                raise message
             if isinstance(message, kind) and message.epoch == self.epoch:
                 return message

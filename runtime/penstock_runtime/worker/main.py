@@ -44,7 +44,8 @@ class Process:
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
         self._compute = Compute(settings.threads)
-        self._transfer = NixlTransfer(NixlSettings(devices=settings.net_device))
+        self._data_path = NixlSettings(devices=settings.net_device)
+        self._transfer = NixlTransfer(self._data_path)
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit status."""
@@ -85,6 +86,7 @@ class Process:
             "name": self._settings.name,
             "state": self._health.state,
             "busy_seconds": self._compute.busy_seconds,
+            "transport": self._data_path.transports,
         }
         return described | (dict(self._worker.describe()) if self._worker is not None else {})
 

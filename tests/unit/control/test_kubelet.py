@@ -58,6 +58,7 @@ def test_a_worker_runs_at_its_own_address(tmp_path: Path) -> None:
     assert last(found.argv, "--stage") == "1"
     assert last(found.argv, "--keys") == str(tmp_path / "keys")
     assert last(found.argv, "--hosts-file") == str(tmp_path / "hosts")
+    assert last(found.argv, "--net-device") == "lo"
     assert last(found.argv, "--threads") == "3"
     assert found.readiness.url == "http://127.0.70.2:7001/readyz"
     assert found.group == "chat-prefill-0"

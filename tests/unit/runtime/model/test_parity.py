@@ -119,6 +119,8 @@ def test_every_architecture_equals_transformers(name, references):
     sequences = Sequences(stages(known.path, [2]), page_size=8, count=1)
     logits = prefill(sequences, known.tokens[0], [19, 1, 1, 24])
     assert_equal(logits, known.logits[0])
+    own_rounding = (known.logits - known.exact).abs().max()
+    assert own_rounding < TOLERANCE / 3, "the model is too badly conditioned to compare with"
 
 
 @given(
@@ -135,7 +137,8 @@ def test_chunks_pages_and_stages_do_not_matter(
     known: Reference = references(name)
     models = stages(known.path, [cut], attention=PagedCpuAttention(gather_tokens, gather_tokens))
     sequences = Sequences(models, page_size, count=1)
-    assert_equal(prefill(sequences, known.tokens[1], chunks), known.logits[1])
+    tokens, logits = known.tokens[1, :64], known.logits[1, :64]
+    assert_equal(prefill(sequences, tokens, chunks), logits)
 
 
 batches = st.lists(
