@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,11 @@ FIRST_TOKEN, LAST_TOKEN = 3, 8000
 def say(text: str) -> None:
     """Print a line of progress, with the time of day."""
     print(f"[{datetime.now(UTC):%H:%M:%S}] {text}", file=sys.stderr, flush=True)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that what was started is ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
 
 
 # --- the machine ------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from common import (
     Spread,
     busy_seconds,
     cores,
+    end_on_sigterm,
     group_cpu_seconds,
     load_average,
     say,
@@ -357,6 +358,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    end_on_sigterm()
     compare(parser().parse_args())
 
 

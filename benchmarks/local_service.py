@@ -43,6 +43,7 @@ from common import (
     Spread,
     busy_seconds,
     cores,
+    end_on_sigterm,
     load_average,
     process_memory,
     prompts,
@@ -384,6 +385,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    end_on_sigterm()
     args = parser().parse_args()
     ensure_model(args.model)
     report = Report(args.out)

@@ -219,16 +219,20 @@ class ControlServer:
             # A process that was itself stopped must not blame its peers for the silence.
             stalled = max(0.0, now - last - self._settings.heartbeat_seconds)
             last = now
-            beat = messages.encode(
-                Heartbeat(boot_id=self._hello().boot_id, state=self._state())  # type: ignore[arg-type]
-            )
             for identity, session in list(self._sessions.items()):
                 session.last_heard += stalled
                 if now - session.last_heard > self._settings.lease_seconds:
                     self._lose(identity, session)
-                    continue
-                with contextlib.suppress(LinkDown):
-                    self._post(identity, beat)
+            self.announce()
+
+    def announce(self) -> None:
+        """Send a heartbeat to every client now: the state has changed, and they should know."""
+        beat = messages.encode(
+            Heartbeat(boot_id=self._hello().boot_id, state=self._state())  # type: ignore[arg-type]
+        )
+        for identity in self._sessions:
+            with contextlib.suppress(LinkDown):
+                self._post(identity, beat)
 
 
 OnClientMessage: TypeAlias = Callable[[Control], None]

@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NEWS_SECONDS = 0.2
+"""Until every decode worker knows that this stage drains, and what it sent before has come in: some
+round trips of a busy machine. There is nothing to wait for that would say so."""
+
 
 class PrefillWorker:
     """Control server, stage and, on stage 0, leader of one process.
@@ -151,9 +155,15 @@ class PrefillWorker:
             self._spawn(self._publisher.run(self._load), "publisher")
 
     async def drain(self, seconds: float) -> None:
-        """Let the prompts in the pipeline end, for at most `seconds`."""
+        """Let the prompts in the pipeline end, for at most `seconds`.
+
+        Decode workers are told first, and what they sent before they knew is carried out too. What
+        is cut all the same is resumed by them from what was delivered.
+        """
+        self._server.announce()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
+                await asyncio.sleep(_NEWS_SECONDS)
                 while self._busy():
                     self._moved.clear()
                     await self._moved.wait()

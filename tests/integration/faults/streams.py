@@ -116,9 +116,8 @@ class Reference:
             )
         return tuple(sequence[0, len(tokens) :].tolist())
 
-    def logits(self, tokens: TokenIds) -> torch.Tensor:
-        """Return the logits (vocabulary,) of the token behind `tokens`, EOS left out."""
+    def all_logits(self, tokens: TokenIds) -> torch.Tensor:
+        """Return the logits (tokens, vocabulary) of what follows each token, EOS left out."""
         with torch.inference_mode():
-            logits: torch.Tensor = self._model(torch.tensor([tokens])).logits[0, -1]
-        logits[EOS] = -torch.inf
-        return logits
+            logits: torch.Tensor = self._model(torch.tensor([tokens])).logits[0]
+            return logits.index_fill(1, torch.tensor([EOS]), -torch.inf)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock_runtime.attention.base import Segment
+from penstock_runtime.attention.base import AttentionBackend, Segment
 from penstock_runtime.attention.dense import DenseAttention
 from penstock_runtime.attention.paged_cpu import (
     PagedCpuAttention,
@@ -159,7 +160,8 @@ def test_a_plan_serves_every_layer():
     segments, pages = make_segments(spans, 4)
     q, k, v = queries(spans, 4, 2, 8)
     outputs = []
-    for backend in (ReferenceAttention(), PagedCpuAttention()):
+    backends: tuple[AttentionBackend[Any], ...] = (ReferenceAttention(), PagedCpuAttention())
+    for backend in backends:
         pool = make_pool(pages, 2, 4, 8)
         plan = backend.plan(segments, 4, CPU)
         outputs.append(

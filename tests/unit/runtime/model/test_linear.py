@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 
@@ -70,6 +72,6 @@ def test_narrow_dtypes_are_widened_where_the_cpu_lacks_instructions(monkeypatch)
     ],
 )
 def test_x86_flags_decide(monkeypatch, flags, dtype, native):
-    monkeypatch.setattr(linear.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     assert linear._multiplies_natively.__wrapped__(dtype) is native
