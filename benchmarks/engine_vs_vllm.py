@@ -178,10 +178,15 @@ class Worker:
 
 
 @contextlib.contextmanager
-def running(options: Options, python: Path, timeout: float) -> Iterator[dict[str, Worker]]:
+def running(
+    options: Options, python: Path, wait_policy: str | None, timeout: float
+) -> Iterator[dict[str, Worker]]:
     """Run both engines while the context lasts. They start one after the other."""
-    environment = vllm_environment(options.kv_bytes)
-    starts = {"penstock": (Path(sys.executable), {}), "vllm": (python, environment)}
+    shared = {} if wait_policy is None else {"OMP_WAIT_POLICY": wait_policy}
+    starts = {
+        "penstock": (Path(sys.executable), shared),
+        "vllm": (python, shared | vllm_environment(options.kv_bytes)),
+    }
     with contextlib.ExitStack() as stack:
         workers = {}
         for name, (interpreter, variables) in starts.items():
@@ -230,7 +235,7 @@ def run_dtype(
     names = list(ENGINES)
     samples: list[dict[str, Any]] = []
     limits: list[dict[str, float]] = []
-    with running(options, python, args.timeout) as workers:
+    with running(options, python, args.wait_policy, args.timeout) as workers:
         for number in range(-1, args.rounds):
             order = names if number % 2 else names[::-1]
             limits.append(workers["penstock"].ask(None, args.timeout))
@@ -341,6 +346,12 @@ def parser() -> argparse.ArgumentParser:
     a("--decode-steps", type=int, default=32, help="timed steps a sample (default: 32)")
     a("--threads", type=int, default=cores(), help="of our engine (default: all cores)")
     a("--chunk-tokens", type=int, default=512, help="our longest prefill step (default: 512)")
+    a(
+        "--wait-policy",
+        choices=["passive", "active"],
+        help="OMP_WAIT_POLICY of both engines: whether a compute thread that waits for the other "
+        "sleeps or spins; passive where other processes want the cores (default: not set)",
+    )
     a("--kv-gib", type=int, default=3, help="KV memory of each engine, GiB (default: 3)")
     a("--vllm-python", type=Path, help=f"an interpreter that has {VLLM} (default: install it)")
     a("--model", type=Path, default=CACHE / "qwen3-210m", help="written if it is missing")

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.integration.faults.streams import Reference, TokenIds
 
-BFLOAT16_ERROR = 0.045
-"""e for the tests' checkpoint: the largest error of any logit over 1500 positions of transformers'
-own bfloat16 forward. The best two logits are 0.15 to 0.2 apart in the median, the best and any
-other 1.5."""
+BFLOAT16_ERROR = 0.05
+"""e for the tests' checkpoint: over 1500 positions no logit of transformers' own bfloat16 forward
+was farther from float32 (with the same rounded weights) than 0.046, and the mean was 0.004. The
+best two logits are 0.14 to 0.2 apart in the median."""
 
 
 def gaps(reference: Reference, prompt: TokenIds, output: TokenIds) -> list[float]:

@@ -214,19 +214,44 @@ def test_a_changed_manifest_rolls_without_an_unready_moment(local: Local) -> Non
     assert local.run("apply", "-f", str(local.manifest))[1] == "test unchanged\n"
 
 
-def test_the_router_is_replaced_at_its_address_once_the_new_workers_are_ready(
-    local: Local,
-) -> None:
+def test_a_new_router_takes_over_without_a_gap(local: Local) -> None:
+    """It starts before the old one drains, and what neither has accepted waits in the kernel."""
     local.up()
     local.wait_ready()
     before = local.pids()
-    local.write(kvCache={"pageSize": 16}, router={"extraArgs": ["--fake-drain", "0.1"]})
-    assert local.run("apply", "-f", str(local.manifest))[0] == 0
-    eventually(
-        "all of it is new",
-        lambda: local.is_settled() and not set(before.values()) & set(local.pids().values()),
-    )
+    statuses: list[int] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.wait(0.01):
+            statuses.append(fetch(f"127.0.0.1:{local.port}", "/health")[0])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        local.write(kvCache={"pageSize": 16}, router={"extraArgs": ["--fake-drain", "0.1"]})
+        assert local.run("apply", "-f", str(local.manifest))[0] == 0
+        eventually(
+            "all of it is new",
+            lambda: local.is_settled() and not set(before.values()) & set(local.pids().values()),
+        )
+    finally:
+        done.set()
+        asking.join()
+    assert set(statuses) == {200}, "a connection that was refused or broken raises"
+    assert len(statuses) > 10
     assert fetch(f"127.0.0.1:{local.port}", "/ready")[0] == 200
+
+
+def test_clients_wait_in_the_kernel_while_a_killed_router_restarts(local: Local) -> None:
+    local.up()
+    local.wait_ready()
+    before = local.pids()["router-0"]
+    kill(before)
+    eventually("the router is gone", lambda: gone(before))
+    status, body = fetch(f"127.0.0.1:{local.port}", "/health")
+    assert status == 200
+    assert body["pid"] != before
 
 
 def test_down_ends_stubborn_pods_and_their_children(local: Local) -> None:

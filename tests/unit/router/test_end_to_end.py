@@ -664,3 +664,18 @@ async def test_the_client_library_knows_the_errors(checkpoint: Path) -> None:
         with pytest.raises(openai.BadRequestError) as bad:
             await service.openai.chat.completions.create(model=MODEL, messages=HI, temperature=9)
         assert bad.value.param == "temperature"
+
+
+async def test_a_request_is_not_lost_for_want_of_a_prefill_group(checkpoint: Path) -> None:
+    """It goes to a decode worker alone in the end, while /ready says what is missing."""
+    worker = decode_worker()
+    async with serving(
+        FakeCluster(worker), checkpoint, require_prefill=True, group_wait_seconds=0.2
+    ) as service:
+        body = {"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 2}
+        response = await service.post("/v1/completions", body)
+        assert response.status_code == 200, response.text
+        assert [g.group for g in worker.generates()] == [""]
+        ready = await service.http.get("/ready")
+        assert ready.status_code == 503
+        assert "no decode worker has links to all stages" in ready.json()["reasons"][0]

@@ -8,12 +8,14 @@ import signal
 import socket
 import sys
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
 
 from penstock_router.main import main
+from penstock_router.server import CloseWhenDraining
 from penstock_wire.keys import Keys
 from penstock_wire.messages import (
     Cancel,
@@ -32,6 +34,10 @@ from tests.unit.router.tiny_models import write_checkpoint
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from starlette.types import Receive, Scope, Send
+
+    from penstock_router.readiness import Readiness
 
 
 def free_port() -> int:
@@ -106,11 +112,13 @@ def _flags(tmp_path: Path, port: int) -> list[str]:
 
 
 @asynccontextmanager
-async def router_process(tmp_path: Path) -> AsyncIterator[tuple[Any, str]]:
+async def router_process(tmp_path: Path, fd: int | None = None) -> AsyncIterator[tuple[Any, str]]:
     port = free_port()
+    inherited = [] if fd is None else ["--fd", str(fd)]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "penstock_router.main", *_flags(tmp_path, port)),
+        *(sys.executable, "-m", "penstock_router.main", *_flags(tmp_path, port), *inherited),
         stderr=asyncio.subprocess.PIPE,
+        pass_fds=() if fd is None else (fd,),
     )
     try:
         yield process, f"http://127.0.0.1:{port}"
@@ -171,9 +179,48 @@ async def test_a_router_serves_and_drains_on_sigterm(tmp_path: Path) -> None:
         await worker.server.close()
 
 
+async def test_routers_that_share_a_socket_lose_no_connection(tmp_path: Path) -> None:
+    """One that drains answers what it has accepted; the rest waits in the kernel for the next."""
+    Keys.generate().save(tmp_path / "keys")
+    (tmp_path / "endpoints.json").write_text(json.dumps({"endpoints": []}))
+    ask = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as shared:
+        port, fd = shared.getsockname()[1], shared.fileno()
+        async with asyncio.timeout(50), router_process(tmp_path, fd) as (first, _):
+            early_reader, early = await asyncio.open_connection("127.0.0.1", port)
+            early.write(ask)
+            await early_reader.readuntil(b"}")  # it serves, and the connection stays open
+            first.send_signal(signal.SIGTERM)
+            early.write(ask)
+            assert (await early_reader.read()).startswith(b"HTTP/1.1 200"), "answered, then closed"
+            late_reader, late = await asyncio.open_connection("127.0.0.1", port)
+            late.write(ask)
+            assert await first.wait() == 0
+            async with router_process(tmp_path, fd):
+                assert (await late_reader.readline()).startswith(b"HTTP/1.1 200")
+                late.close()
+                await late.wait_closed()
+            early.close()
+            await early.wait_closed()
+
+
+@pytest.mark.parametrize("draining", [True, False])
+async def test_answers_of_a_draining_router_end_their_connection(draining: bool) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    readiness = SimpleNamespace(draining=draining)
+    transport = httpx.ASGITransport(CloseWhenDraining(app, cast("Readiness", readiness)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+        assert (await http.get("/")).headers.get("connection") == ("close" if draining else None)
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
+        (("--fd", "0"), "--fd 0 is "),
+        (("--fd", "-3"), "--fd -3 is not a file descriptor"),
         (("--model", "file:///nowhere"), "/nowhere is not there"),
         (("--discovery", "dns:x"), "write file:PATH"),
         (("--max-queue", "0"), "--max-queue must be at least 1"),

@@ -36,7 +36,9 @@ DEMAND = Demand(prompt_tokens=40, max_output=10)
 
 
 @asynccontextmanager
-async def fleet_of(cluster: FakeCluster, *, require_prefill: bool = False) -> AsyncIterator[Fleet]:
+async def fleet_of(
+    cluster: FakeCluster, *, require_prefill: bool = False, group_wait: float = 10.0
+) -> AsyncIterator[Fleet]:
     fleet = Fleet(
         cluster,
         cluster.connect,
@@ -44,6 +46,7 @@ async def fleet_of(cluster: FakeCluster, *, require_prefill: bool = False) -> As
         index=PrefixIndex(time.monotonic),
         rng=random.Random(1),
         require_prefill=require_prefill,
+        group_wait=group_wait,
     )
     task = asyncio.create_task(fleet.run())
     try:
@@ -205,3 +208,25 @@ async def test_the_context_limit_is_what_fits_everywhere() -> None:
         assert fleet.context_limit() is None
         await settle(fleet, 2)
         assert fleet.context_limit() == 20 * PAGE_SIZE
+
+
+async def test_without_a_group_for_long_prompts_go_to_decode_workers_alone() -> None:
+    decode, group = decode_worker(groups=("group-0",)), prefill_worker("group-0")
+    async with fleet_of(FakeCluster(decode, group), require_prefill=True, group_wait=0.3) as fleet:
+        await settle(fleet, 2)
+        assert fleet.alone_at() is None
+        group.kill()
+        await settle(fleet, 1)
+        assert fleet.choose(Prompt(TOKENS), DEMAND, avoid=()) is None, "it may come back"
+        alone_at = fleet.alone_at()
+        assert alone_at is not None
+        await asyncio.sleep(alone_at - time.monotonic())
+        choice = fleet.choose(Prompt(TOKENS), DEMAND, avoid=())
+        assert choice is not None
+        assert (choice.decode, choice.group) == ("decode-0", "")
+        group.restart()
+        await settle(fleet, 2)
+        assert fleet.alone_at() is None
+        choice = fleet.choose(Prompt(TOKENS), DEMAND, avoid=())
+        assert choice is not None
+        assert choice.group == "group-0"

@@ -218,3 +218,39 @@ def test_keys_are_private_and_checked(tmp_path: Path) -> None:
         Keys.load(tmp_path / "keys")
     with pytest.raises(InvalidKeys, match="cannot be read"):
         Keys.load(tmp_path / "absent")
+
+
+async def test_a_change_of_state_is_announced_before_the_next_heartbeat() -> None:
+    keys, address = Keys.generate(), free_address()
+    slow = LinkSettings(heartbeat_seconds=3600, lease_seconds=7200)
+    states: asyncio.Queue[LinkState] = asyncio.Queue()
+    state = "ready"
+    server = ControlServer(
+        address,
+        hello=lambda: hello("server"),
+        keys=keys,
+        on_message=lambda *_: None,
+        on_join=lambda _: None,
+        on_lost=lambda _: None,
+        state=lambda: state,
+        settings=slow,
+    )
+    client = ControlClient(
+        address,
+        hello("client"),
+        keys,
+        on_message=lambda _: None,
+        on_state=lambda changed, _: states.put_nowait(changed),
+        settings=slow,
+    )
+    await server.start()
+    client.start()
+    try:
+        async with asyncio.timeout(5):
+            assert await states.get() is LinkState.READY
+            state = "draining"
+            server.announce()
+            assert await states.get() is LinkState.DRAINING
+    finally:
+        await client.close()
+        await server.close()
