@@ -98,12 +98,13 @@ class Engine:
         return Generated(seconds, [output.tokens for output in outputs])
 
     def parts(self) -> dict[str, float]:
-        """See `engine_worker.Engine`: `step` is the model and the sampler, of which `attention`,
-        of which `gather`. What is not in `step` is the engine around the model.
+        """See `engine_worker.Engine`: the seconds of `step`, the model and the sampler, of which
+        `attention`, of which `gather`; and the number of `steps`, which are no seconds. The rest of
+        a sample's time is the engine around the model.
         """
         stats, timings = self._engine.stats, self._timings
-        parts = {"step": stats.compute_seconds}
-        stats.compute_seconds = 0.0
+        parts = {"step": stats.compute_seconds, "steps": float(stats.steps)}
+        stats.compute_seconds, stats.steps = 0.0, 0
         if timings is not None:
             parts |= {"attention": timings.attention, "gather": timings.gather}
             timings.attention = timings.gather = 0.0

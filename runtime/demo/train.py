@@ -463,7 +463,10 @@ class Writer:
         else:
             share = rng.uniform(0.2, 0.85) * row.room
             most = max(1, min(len(WORDS) // 2, int(share) // 4))
-            count = rng.randint(1, most) if spaced or rng.random() < 0.5 else most
+            if rng.random() < 0.15:
+                count = rng.randint(1, min(4, most))
+            else:
+                count = rng.randint(1, most) if spaced or rng.random() < 0.5 else most
             surplus = int(share) - 4 * count
         words = rng.sample(self.words, 2 * count)
         facts = list(zip(words[:count], words[count:], strict=True))
