@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -116,7 +117,9 @@ class Service:
 class Penstock:
     """The command, with a state directory of its own."""
 
-    def __init__(self, state: Path, timeout: float) -> None:
+    def __init__(self, state: Path, wait_policy: str | None, timeout: float) -> None:
+        # Processes inherit the environment of `penstock up`.
+        self._environment = {} if wait_policy is None else {"OMP_WAIT_POLICY": wait_policy}
         self._base = [sys.executable, "-m", "penstock_operator.cli"]
         self._state = state
         self._timeout = timeout
@@ -129,6 +132,7 @@ class Penstock:
             text=True,
             check=False,
             timeout=self._timeout,
+            env=os.environ | self._environment,
         )
         if done.returncode:
             raise SystemExit(f"penstock {command} failed:\n{done.stdout}{done.stderr}")
@@ -142,7 +146,7 @@ def running(shape: str, args: argparse.Namespace) -> Iterator[Service]:
         file = Path(folder) / "service.yaml"
         file.write_text(json.dumps(manifest(shape, args)))  # JSON is YAML
         port = _free_port()
-        penstock = Penstock(Path(folder) / "state", args.timeout)
+        penstock = Penstock(Path(folder) / "state", args.wait_policy, args.timeout)
         started = time.monotonic()
         try:
             penstock.run("up", "-f", str(file), "--port", str(port), "--detach")
@@ -289,7 +293,8 @@ def load_table(runs: list[dict[str, Any]]) -> str:
     columns.append("prompt tokens/s")
     rows = []
     keys = [(run["prompt"], run["clients"]) for run in runs[0]["loads"]]
-    for (length, clients), shape in itertools.product(keys, SHAPES):
+    shapes = [shape for shape in SHAPES if any(run["shape"] == shape for run in runs)]
+    for (length, clients), shape in itertools.product(keys, shapes):
         found = [
             result
             for run in runs
@@ -368,6 +373,12 @@ def parser() -> argparse.ArgumentParser:
     a("--stage-threads", type=int, default=1, help="of each prefill stage (default: 1)")
     a("--decode-threads", type=int, default=1, help="of decode, disaggregated (default: 1)")
     a("--aggregated-threads", type=int, default=cores(), help="(default: all cores)")
+    a(
+        "--wait-policy",
+        choices=["passive", "active"],
+        help="OMP_WAIT_POLICY of the workers: whether a compute thread that waits for another "
+        "sleeps or spins (default: not set)",
+    )
     a("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     a("--kv-memory", default="1Gi", help="of each worker (default: 1Gi)")
     a("--max-model-len", type=int, default=16384, help="(default: 16384)")
