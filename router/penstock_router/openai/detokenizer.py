@@ -19,6 +19,8 @@ _LONGEST_WAIT = 8
 more waiting tokens are no character, and are shown as what they decode to."""
 _CONTEXT = 8
 """Prompt tokens that give the first output token its neighbours."""
+_LONGEST_CHARACTER = 4
+"""Bytes, so tokens, of a UTF-8 character."""
 
 
 class Detokenizer:
@@ -39,7 +41,7 @@ class Detokenizer:
     ) -> None:
         self._decode = decode
         self._skip = skip
-        self._window = [token for token in context[-_CONTEXT:] if token not in skip]
+        self._window = _neighbours(decode, context, skip)
         self._shown = len(self._window)
         """Tokens of the window whose text is out (or is the context's)."""
         self._shown_text = decode(self._window) if self._window else ""
@@ -68,3 +70,20 @@ class Detokenizer:
         self._shown = len(self._window)
         self._shown_text = self._decode(self._window)
         return new
+
+
+def _neighbours(
+    decode: Callable[[list[int]], str], context: Sequence[int], skip: Container[int]
+) -> list[int]:
+    """Return the last tokens of the context, from the beginning of a character on.
+
+    A run of byte tokens that begins inside a character decodes to U+FFFD as a whole, and would
+    take the output's first bytes with it. A character has at most four bytes, so one of four
+    lengths begins with one.
+    """
+    last = [token for token in context[-_CONTEXT - _LONGEST_CHARACTER :] if token not in skip]
+    for length in range(_CONTEXT, _CONTEXT + _LONGEST_CHARACTER):
+        window = last[-length:]
+        if not decode(window).startswith(_REPLACEMENT):
+            return window
+    return last[-_CONTEXT:]

@@ -53,6 +53,16 @@ def test_a_continuation_keeps_its_leading_space(
         assert "".join(incremental(tokenizer, tokens, context)) == expected
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+@BOTH
+def test_a_context_of_byte_tokens_does_not_swallow_the_output(
+    tokenizer: TextTokenizer, count: int
+) -> None:
+    context = tokenizer.encode("x" + "你" * count + "é" * (count % 2), add_special_tokens=False)
+    tokens = tokenizer.encode(".", add_special_tokens=False)[-1:]
+    assert "".join(incremental(tokenizer, tokens, context)) == "."
+
+
 def test_the_first_space_belongs_to_a_continuation_only() -> None:
     tokens = METASPACE.encode("hello world", add_special_tokens=False)
     hello, world = tokens[:1], tokens[1:]
