@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, TypeAlias
@@ -28,6 +28,7 @@ from zmq.utils.monitor import parse_monitor_message
 from penstock_wire import messages
 from penstock_wire.messages import Control, Heartbeat, Hello, Message, Unknown, WireError
 from penstock_wire.names import Resolver, UnresolvedName, split_address
+from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
     from penstock_wire.keys import Keys
@@ -117,7 +118,7 @@ class ControlServer:
         self._on_lost = on_lost
         self._settings = settings or LinkSettings()
         self._sessions: dict[bytes, Session] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = Tasks()
 
     @property
     def sessions(self) -> list[Session]:
@@ -146,14 +147,12 @@ class ControlServer:
             self._auth.stop()
             self._context.destroy(linger=0)
             raise OSError(f"cannot bind the control server to {self._bind}: {error}") from error
-        self._tasks = [
-            _spawn(self._receive(), "control server receive"),
-            _spawn(self._beat(), "control server heartbeat"),
-        ]
+        self._tasks.spawn(self._receive(), "control server receive")
+        self._tasks.spawn(self._beat(), "control server heartbeat")
 
     async def close(self) -> None:
         """Stop; what is queued is given a moment to leave."""
-        await _cancel(self._tasks)
+        await self._tasks.cancel()
         self._auth.stop()
         self._socket.close(linger=500)
         self._context.destroy(linger=500)
@@ -268,7 +267,7 @@ class ControlClient:
         self._on_state = on_state
         self._settings = settings or LinkSettings()
         self._resolver = resolver or Resolver()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
         self._socket: zmq.asyncio.Socket | None = None
         self.state = LinkState.CONNECTING
         self.hello: Hello | None = None
@@ -276,13 +275,11 @@ class ControlClient:
 
     def start(self) -> None:
         """Begin to connect, and keep connecting for ever."""
-        self._task = _spawn(self._run(), f"control client {self.address}")
+        self._tasks.spawn(self._run(), f"control client {self.address}")
 
     async def close(self) -> None:
         """Stop. No more callbacks come."""
-        if self._task is not None:
-            await _cancel([self._task])
-            self._task = None
+        await self._tasks.cancel()
 
     @property
     def up(self) -> bool:
@@ -435,20 +432,6 @@ def _check_sent(sent: Awaitable[object], peer: str) -> None:
     assert isinstance(sent, asyncio.Future)
     if sent.done() and (error := sent.exception()) is not None:
         raise LinkDown(f"{peer} is gone or does not read: {error}") from error
-
-
-def _spawn(coroutine: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
-    """Start a task whose failure reaches the loop's exception handler at once."""
-    task = asyncio.create_task(coroutine, name=name)
-    task.add_done_callback(_report)
-    return task
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        task.get_loop().call_exception_handler(
-            {"message": f"{task.get_name()} failed", "exception": error, "task": task}
-        )
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:

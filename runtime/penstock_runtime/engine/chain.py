@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from penstock_runtime.transfer.base import TransferError
 from penstock_wire.messages import Form, Formed, Message, Prepare, Prepared, RingAddress
 from penstock_wire.sockets import ControlClient, LinkDown, LinkState
+from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
     from penstock_runtime.engine.ring import ActivationRing
@@ -103,7 +104,7 @@ class Chain:
         self._answers: asyncio.Queue[Prepared | Formed | LinkDown] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._boots: tuple[str, ...] = ()
-        self._own: set[asyncio.Task[None]] = set()
+        self._own = Tasks()
         self.epoch = 0
         self.formed = False
         self._changed.set()
@@ -198,9 +199,7 @@ class Chain:
     def _ask(self, message: Callable[[int], Prepare | Form]) -> None:
         for i, client in enumerate(self._clients, start=1):
             client.send(message(i))
-        own = asyncio.create_task(self._member.handle(message(0), self._own_answer))
-        self._own.add(own)
-        own.add_done_callback(self._own.discard)
+        self._own.spawn(self._member.handle(message(0), self._own_answer), "stage 0 as a member")
 
     def _own_answer(self, message: Message) -> None:
         assert isinstance(message, Prepared | Formed)

@@ -58,13 +58,5 @@ class Compute:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def report_failure(task: asyncio.Task[None]) -> None:
-    """Done callback: a task that failed reaches the loop's exception handler at once."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        task.get_loop().call_exception_handler(
-            {"message": f"{task.get_name()} failed", "exception": error, "task": task}
-        )
-
-
 def _nothing() -> None:
     pass

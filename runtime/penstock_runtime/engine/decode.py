@@ -37,6 +37,7 @@ from penstock_wire.messages import (
     unpack_tokens,
 )
 from penstock_wire.sockets import LinkDown
+from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
     from penstock_runtime.engine.compute import Compute
@@ -123,7 +124,7 @@ class DecodeEngine:
         self._salts: dict[str, bytes] = {}
         self._groups: dict[str, GroupLink] = {}
         self._grants: dict[int, _Granted] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing = Tasks()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._draining = False
@@ -211,9 +212,7 @@ class DecodeEngine:
         for name, link in list(self._groups.items()):
             if wanted.get(name) != link.group:
                 del self._groups[name]
-                task = asyncio.create_task(link.close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                self._closing.spawn(link.close(), f"end of the links to {name}")
         for name, group in wanted.items():
             if name not in self._groups:
                 self._groups[name] = self._open_group(group, self)
@@ -357,7 +356,7 @@ class DecodeEngine:
     async def close(self) -> None:
         """End every link. Call it when `run` has ended."""
         self.set_groups(())
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        await self._closing.settle()
         await self._compute.settle()
 
     # --- what routers want to know -------------------------------------------------------------

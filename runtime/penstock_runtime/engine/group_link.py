@@ -16,7 +16,6 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from penstock_runtime.engine.compute import report_failure
 from penstock_runtime.transfer.base import TransferError
 from penstock_wire import messages
 from penstock_wire.messages import (
@@ -34,6 +33,7 @@ from penstock_wire.messages import (
     WireError,
 )
 from penstock_wire.sockets import ControlClient, LinkDown, LinkState
+from penstock_wire.tasks import start
 
 if TYPE_CHECKING:
     from array import array
@@ -304,8 +304,7 @@ class GroupLink:
         if self._renewing is not None:
             self._renew_again = True
             return
-        self._renewing = asyncio.create_task(self._renew_now(reason, delay))
-        self._renewing.add_done_callback(report_failure)
+        self._renewing = start(self._renew_now(reason, delay), f"renewal of {self.group.name}")
 
     async def _renew_now(self, reason: str, delay: float) -> None:
         try:

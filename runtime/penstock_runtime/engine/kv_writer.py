@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from penstock_runtime.engine.compute import report_failure
 from penstock_runtime.transfer.base import PeerLost, Region, TransferError, TransferTimeout
 from penstock_runtime.transfer.writer import GrantRevokedError, LinkDownError, WriterLedger
 from penstock_wire import messages
@@ -34,6 +33,7 @@ from penstock_wire.messages import (
     RevokeAck,
 )
 from penstock_wire.sockets import LinkDown
+from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -103,7 +103,8 @@ class KvWriter:
         # answered after it, and never for a write of which it is not certain where its bytes are.
         self._ledgers: dict[str, WriterLedger] = {}
         self._replies: dict[str, Reply] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        # A fence that failed may leave bytes moving: its report ends the process.
+        self._tasks = Tasks()
         self._opening: dict[str, int] = {}
         self.bytes_written = 0
         self.bytes_read = 0
@@ -128,7 +129,7 @@ class KvWriter:
         self._opening[target.receiver] = target.incarnation
         ledger = self._ledgers.setdefault(target.receiver, WriterLedger())
         self._replies[target.receiver] = reply
-        self._spawn(self._open(target, reply, ledger))
+        self._tasks.spawn(self._open(target, reply, ledger), f"KV link to {target.receiver}")
 
     async def _open(self, target: KvTarget, reply: Reply, ledger: WriterLedger) -> None:
         old = self._links.pop(target.receiver, None)
@@ -195,7 +196,7 @@ class KvWriter:
         self._ledgers.pop(receiver, None)
         link = self._links.pop(receiver, None)
         if link is not None:
-            self._spawn(self._shut(link))
+            self._tasks.spawn(self._shut(link), f"fence of the KV link to {receiver}")
 
     # --- the stage's transfers -----------------------------------------------------------------
 
@@ -320,7 +321,7 @@ class KvWriter:
         """Fence every link."""
         for receiver in list(self._links):
             self.receiver_lost(receiver)
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.settle()
 
     def _acknowledge(self, receiver: str, ledger: WriterLedger) -> None:
         """Answer the revocations that can be answered now."""
@@ -332,13 +333,6 @@ class KvWriter:
     def _tell(self, link: _Link, message: Message) -> None:
         with contextlib.suppress(LinkDown):
             link.reply(message)
-
-    def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        # A fence that failed may leave bytes moving: the process must end.
-        task.add_done_callback(report_failure)
 
 
 def _pages(base: int, pages: Sequence[int], stride: int) -> Ranges:

@@ -24,6 +24,7 @@ from penstock_runtime.errors import PipelineBroken
 from penstock_runtime.transfer.base import PeerLost, Region, TransferError
 from penstock_wire import messages
 from penstock_wire.messages import Activations, Credit, RingAddress, RingEcho, RingProbe, WireError
+from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -87,7 +88,7 @@ class ActivationRing:
         self._credit = asyncio.Event()
         self._echoed: asyncio.Future[None] | None = None
         self._nonce = b""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def prepare(self, epoch: int) -> RingAddress:
         """End the old epoch for good and return where the new one may write."""
@@ -190,9 +191,7 @@ class ActivationRing:
     async def close(self) -> None:
         """End the epoch: whoever waits gets PipelineBroken, and nothing lands in the arenas."""
         self._broken.set()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
         if self._agent is not None:
             await self._agent.fence()
             self._agent = None
@@ -223,9 +222,7 @@ class ActivationRing:
             self._echoed.set_result(None)
 
     def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(self._quietly(coroutine))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self._quietly(coroutine), f"notification of epoch {self._epoch}")
 
     async def _quietly(self, coroutine: Coroutine[object, object, None]) -> None:
         # A neighbour that is lost is noticed by its heartbeats; the epoch ends then.

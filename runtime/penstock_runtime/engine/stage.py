@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import torch
 
 from penstock_runtime.attention.base import Segment
-from penstock_runtime.engine.compute import report_failure
+from penstock_runtime.engine.timeline import SpanChunk, StepRecorder
 from penstock_runtime.errors import PipelineBroken
 from penstock_runtime.kvcache.base import pages_for
 from penstock_runtime.transfer.base import TransferError
 from penstock_wire.messages import Admit, Message, Released, StageFault, StepDone, StepPlan
+from penstock_wire.tasks import Tasks, start
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -132,9 +133,10 @@ class PrefillStage:
         self._epoch = 0
         self._plans: asyncio.Queue[StepPlan] = asyncio.Queue()
         self._requests: dict[int, _Request] = {}
-        self._sends: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._loop: asyncio.Task[None] | None = None
         self.stats = StageStats()
+        self.timeline = StepRecorder(stage)
 
     @property
     def busy(self) -> bool:
@@ -145,8 +147,7 @@ class PrefillStage:
         """Carry out the plans of `epoch` from now on. The epoch before has been ended."""
         self._epoch = epoch
         self._plans = asyncio.Queue()
-        self._loop = asyncio.create_task(self._run(self._plans), name=f"stage epoch {epoch}")
-        self._loop.add_done_callback(report_failure)
+        self._loop = start(self._run(self._plans), f"stage epoch {epoch}")
 
     def submit(self, plan: StepPlan) -> None:
         """Queue a plan; one of another epoch is dropped."""
@@ -164,8 +165,7 @@ class PrefillStage:
             await asyncio.gather(self._loop, return_exceptions=True)
             self._loop = None
         await self._compute.settle()
-        pending = [task for request in self._requests.values() for task in request.in_flight]
-        await asyncio.gather(*pending, *self._sends, return_exceptions=True)
+        await self._tasks.settle()
         self._requests.clear()
 
     async def _run(self, plans: asyncio.Queue[StepPlan]) -> None:
@@ -205,7 +205,7 @@ class PrefillStage:
         self, request: _Request, operation: Coroutine[object, object, None]
     ) -> asyncio.Task[None]:
         """Run a read or write on the request's pages; its failure fails the request alone."""
-        task = asyncio.create_task(self._guarded(request, operation))
+        task = self._tasks.spawn(self._guarded(request, operation), "KV transfer")
         request.in_flight.add(task)
         task.add_done_callback(request.in_flight.discard)
         return task
@@ -241,22 +241,33 @@ class PrefillStage:
         ]
         started = time.perf_counter()
         hidden = await self._compute.run(self._runner.run, inputs, segments)
+        ended = time.perf_counter()
         done = StepDone(
             epoch=self._epoch,
             step=plan.step,
             stage=self._stage,
-            compute_seconds=time.perf_counter() - started,
+            compute_seconds=ended - started,
             wait_seconds=started - planned,
         )
+        self.timeline.add(
+            plan.epoch, plan.step, self._spans(plan), planned=planned, begin=started, end=ended
+        )
         if not self._last:
-            self._background(self._hand_on(self._ring.send(hidden)))
+            self._tasks.spawn(self._hand_on(self._ring.send(hidden)), "hand-over")
         for item in plan.items:
             request = self._requests[item.key]
             self._push(request, item.start, item.start + item.length)
             if item.last:
-                self._background(self._measure_exposed(request))
+                self._tasks.spawn(self._measure_exposed(request), "end of a prompt")
         self.stats.count(tokens, done)
         self._to_leader(done)
+
+    def _spans(self, plan: StepPlan) -> tuple[SpanChunk, ...]:
+        admits = [(item, self._requests[item.key].admit) for item in plan.items]
+        return tuple(
+            SpanChunk(item.key, item.start, item.length, f"{admit.receiver}#{admit.grant}")
+            for item, admit in admits
+        )
 
     async def _measure_exposed(self, request: _Request) -> None:
         started = time.perf_counter()
@@ -274,15 +285,10 @@ class PrefillStage:
         except PipelineBroken:
             log.debug("epoch %d ended during a hand-over", self._epoch)
 
-    def _background(self, coroutine: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._sends.add(task)
-        task.add_done_callback(self._sends.discard)
-
     def _release(self, keys: tuple[int, ...]) -> None:
         for key in keys:
             request = self._requests.pop(key)
-            self._background(self._release_when_quiet(key, request))
+            self._tasks.spawn(self._release_when_quiet(key, request), "release")
 
     async def _release_when_quiet(self, key: int, request: _Request) -> None:
         epoch = self._epoch

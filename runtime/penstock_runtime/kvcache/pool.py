@@ -174,10 +174,6 @@ class PagePool:
 
     # --- the cache as others see it -----------------------------------------------------------
 
-    def reset_cache(self) -> None:
-        """Forget all blocks. Cached pages become free; held ones stay held, without a block."""
-        self._free.extend(sorted(self._cache.clear(), reverse=True))
-
     def snapshot(self) -> list[bytes]:
         """Return the hashes of all blocks that can be matched."""
         return self._cache.hashes()

@@ -104,14 +104,6 @@ class PrefixCache:
         self._forget(page)
         return page
 
-    def clear(self) -> list[int]:
-        """Forget every block and return the pages of those that were idle."""
-        idle = list(self._idle)
-        self._idle.clear()
-        for page in list(self._block_of):
-            self._forget(page)
-        return idle
-
     def hashes(self) -> list[bytes]:
         """Return the hashes of all blocks."""
         return list(self._page_of)

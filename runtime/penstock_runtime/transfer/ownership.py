@@ -184,10 +184,6 @@ class GrantLedger:
         self._pool.release(entry.lent)
         return Delivery(tokens, complete=True)
 
-    def delivered_by_all(self, grant: int) -> int:
-        """Return how many tokens, from the first, lie here. Raises UnknownGrantError."""
-        return self._entry(grant).tokens()
-
     def revoke(self, grant: int) -> Revocation:
         """Take an open grant back. Full pages that all stages delivered become resident.
 
@@ -240,7 +236,11 @@ class GrantLedger:
                 self._settle(grant)
         return cut
 
-    # --- looking ------------------------------------------------------------------------------
+    # --- looking, for messages and tests ------------------------------------------------------
+
+    def delivered_by_all(self, grant: int) -> int:
+        """Return how many tokens, from the first, lie here. Raises UnknownGrantError."""
+        return self._entry(grant).tokens()
 
     def is_open(self, grant: int) -> bool:
         """Tell whether stages may still write for this grant and are waited for."""
@@ -254,10 +254,6 @@ class GrantLedger:
         """Return the stages whose acknowledgement of this grant is missing."""
         entry = self._quarantined.get(grant)
         return frozenset(entry.writers) if entry is not None else frozenset()
-
-    def quarantined(self, incarnation: int) -> list[int]:
-        """Return the revoked grants of one agent that wait for acknowledgements."""
-        return [g for g, entry in self._quarantined.items() if entry.incarnation == incarnation]
 
     def floor(self) -> int:
         """Return the number below which every grant has ended for good."""
@@ -275,6 +271,10 @@ class GrantLedger:
         lent = [page for entry in self._open.values() for page in entry.lent]
         lent += [page for entry in self._quarantined.values() for page in entry.lent]
         assert all(self._pool.state(page) == "resident" for page in lent)
+
+    def quarantined(self, incarnation: int) -> list[int]:
+        """Return the revoked grants of one agent that wait for acknowledgements."""
+        return [g for g, entry in self._quarantined.items() if entry.incarnation == incarnation]
 
     # --- inside -------------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ class WriterLedger:
         self._unanswered.difference_update(ready)
         return ready
 
-    # --- looking ------------------------------------------------------------------------------
+    # --- looking, for messages and tests ------------------------------------------------------
 
     def ended(self, grant: int) -> bool:
         """Tell whether the receiver took this grant back, or has ended it for good."""

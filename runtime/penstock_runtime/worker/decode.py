@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
-from penstock_runtime.engine.compute import report_failure
 from penstock_runtime.engine.decode import DecodeEngine
 from penstock_runtime.engine.group_link import GroupLink, incarnations
 from penstock_runtime.kvcache.pool import PagePool
@@ -15,9 +13,10 @@ from penstock_runtime.transfer.ownership import GrantLedger
 from penstock_runtime.worker.publisher import Publisher
 from penstock_wire.messages import Cancel, Generate, Groups, Subscribe
 from penstock_wire.sockets import ControlClient, ControlServer, Session
+from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Mapping
 
     from penstock_runtime.engine.compute import Compute
     from penstock_runtime.engine.runner import DecodeRunner
@@ -75,7 +74,7 @@ class DecodeWorker:
             open_group=self._open_group,
         )
         self._publisher = Publisher(self.engine)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._server = ControlServer(
             bind,
             hello=lambda: hello,
@@ -119,8 +118,8 @@ class DecodeWorker:
     async def start(self) -> None:
         """Bind and serve. Raises OSError if the address is taken."""
         await self._server.start()
-        self._spawn(self.engine.run(), "decode engine")
-        self._spawn(self._publisher.run(self._load), "publisher")
+        self._tasks.spawn(self.engine.run(), "decode engine")
+        self._tasks.spawn(self._publisher.run(self._load), "publisher")
 
     async def drain(self, seconds: float) -> None:
         """Let the requests here end; hand the rest back after `seconds`."""
@@ -129,17 +128,9 @@ class DecodeWorker:
 
     async def close(self) -> None:
         """Stop: no transfer of this process touches memory any more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
         await self.engine.close()
         await self._server.close()
-
-    def _spawn(self, coroutine: Coroutine[object, object, None], name: str) -> None:
-        task = asyncio.create_task(coroutine, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(report_failure)
 
     # --- messages ------------------------------------------------------------------------------
 

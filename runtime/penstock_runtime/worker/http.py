@@ -13,10 +13,13 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from penstock_runtime.engine.timeline import encode_trace
 from penstock_wire.names import split_address
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+    from penstock_runtime.engine.timeline import Trace
 
 WorkerState: TypeAlias = Literal["starting", "ready", "draining"]
 
@@ -32,9 +35,20 @@ class Health:
 
 
 def create_app(
-    health: Health, registry: CollectorRegistry, describe: Callable[[], Mapping[str, object]]
+    health: Health,
+    registry: CollectorRegistry,
+    describe: Callable[[], Mapping[str, object]],
+    timeline: Callable[[], Trace | None] = lambda: None,
 ) -> FastAPI:
-    """Return the application. `describe` gives the JSON of /state: pages by state, requests."""
+    """Return the application.
+
+    Args:
+        health: for /healthz and /readyz.
+        registry: for /metrics.
+        describe: gives the JSON of /state: pages by state, requests.
+        timeline: gives the recent steps of a pipeline's stage for /timeline; None where there is
+            no pipeline.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/healthz")
@@ -55,6 +69,14 @@ def create_app(
     @app.get("/state")
     async def state() -> JSONResponse:
         return JSONResponse(dict(describe()))
+
+    @app.get("/timeline")
+    async def recent_steps() -> Response:
+        trace = timeline()
+        if trace is None:
+            message = "this worker is no stage of a prefill pipeline, or has not started yet"
+            return JSONResponse({"error": message}, status_code=404)
+        return Response(encode_trace(trace), media_type="application/json")
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,11 @@ class Process:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line.
+
+    Exits with EX_NOINPUT (66) if there is no such model, EX_CONFIG (78) if a setting or the model
+    cannot be served, 1 or 2 otherwise: whoever restarts it can tell a crash from a mistake.
+    """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
@@ -115,7 +120,13 @@ def main() -> None:
     except (ConfigurationError, InvalidKeys, ModelSourceError, OSError) as error:
         # Last line of the log: whoever shows a crash shows this.
         print(f"penstock-worker: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_exit_status(error))
+
+
+def _exit_status(error: Exception) -> int:
+    if isinstance(error, ModelSourceError):
+        return os.EX_NOINPUT
+    return 2 if isinstance(error, OSError) else os.EX_CONFIG
 
 
 if __name__ == "__main__":

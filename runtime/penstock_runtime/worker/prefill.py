@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from penstock_runtime.engine.chain import Chain, Member
-from penstock_runtime.engine.compute import report_failure
 from penstock_runtime.engine.leader import Leader
 from penstock_runtime.engine.stage import PrefillStage
 from penstock_runtime.kvcache.pool import PagePool
@@ -28,9 +27,10 @@ from penstock_wire.messages import (
     Subscribe,
 )
 from penstock_wire.sockets import ControlClient, ControlServer, LinkDown, Session
+from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Mapping
 
     import torch
 
@@ -81,7 +81,7 @@ class PrefillWorker:
         self._kv = kv
         self._leader_session: Session | None = None
         self._sessions: dict[str, Session] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._moved = asyncio.Event()
         self._server = ControlServer(
             bind,
@@ -150,9 +150,9 @@ class PrefillWorker:
         for client in self._clients:
             client.start()
         if self.leader is not None and self._chain is not None and self._publisher is not None:
-            self._spawn(self._chain.run(), "chain")
-            self._spawn(self.leader.run(), "leader")
-            self._spawn(self._publisher.run(self._load), "publisher")
+            self._tasks.spawn(self._chain.run(), "chain")
+            self._tasks.spawn(self.leader.run(), "leader")
+            self._tasks.spawn(self._publisher.run(self._load), "publisher")
 
     async def drain(self, seconds: float) -> None:
         """Let the prompts in the pipeline end, for at most `seconds`.
@@ -173,20 +173,12 @@ class PrefillWorker:
 
     async def close(self) -> None:
         """Stop: no transfer of this process touches memory any more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
         for client in self._clients:
             await client.close()
         await self._server.close()
         await self._kv.close()
         await self.stage.end()
-
-    def _spawn(self, coroutine: Coroutine[object, object, None], name: str) -> None:
-        task = asyncio.create_task(coroutine, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(report_failure)
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -238,7 +230,7 @@ class PrefillWorker:
         if isinstance(message, StepPlan):
             self.stage.submit(message)
         elif isinstance(message, Prepare | Form):
-            self._spawn(self._member.handle(message, session.send), "member")
+            self._tasks.spawn(self._member.handle(message, session.send), "member")
 
     def _on_stage(self, stage: int, state: LinkState, hello: Hello | None) -> None:
         assert self._chain is not None

@@ -96,12 +96,13 @@ def _left_behind(state: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def training() -> ModuleType:
-    """The script that made the demo: its words and sentence forms."""
-    spec = importlib.util.spec_from_file_location("demo_train", ROOT / "runtime/demo/train.py")
+    """The language that the demo was trained on: its words and sentence forms."""
+    file = ROOT / "runtime/demo/language.py"
+    spec = importlib.util.spec_from_file_location("demo_language", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["demo_train"] = module
+    sys.modules["demo_language"] = module
     spec.loader.exec_module(module)
     return module
 

@@ -117,22 +117,10 @@ def test_events_tell_the_difference_since_the_last_ones() -> None:
     assert pool.drain_events() == (chain("b", 1), [b"a1"])
     # Stored and evicted again between two looks: nobody needs to hear of it.
     stored(pool, chain("c", 1))
-    pool.reset_cache()
+    pool.release(pool.allocate(2))
     stored_since, evicted = pool.drain_events()
     assert (stored_since, sorted(evicted)) == ([], [b"a0", b"b0"])
     assert pool.snapshot() == []
-
-
-def test_a_reset_keeps_held_pages_and_frees_the_others() -> None:
-    pool = PagePool(4, 16)
-    held = pool.allocate(2)
-    commit(pool, held, chain("a", 2))
-    stored(pool, chain("b", 2))
-    pool.reset_cache()
-    assert (pool.counts().resident, pool.counts().free) == (2, 2)
-    assert pool.match(chain("a", 1)) == []
-    pool.release(held)
-    assert pool.counts().free == 4
 
 
 def test_a_grants_way() -> None:
@@ -245,15 +233,6 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         self.pool.settle(self.quarantined.pop())
-
-    @rule()
-    def reset(self) -> None:
-        """The group loses a stage: its requests end, and its blocks are worth nothing."""
-        for _, pages in self.requests:
-            self.pool.release(pages)
-        self.requests.clear()
-        self.pool.reset_cache()
-        assert self.pool.counts().cached == 0
 
     @rule()
     def events(self) -> None:
