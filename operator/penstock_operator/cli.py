@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from penstock_operator.crds import DEFINITIONS
 from penstock_operator.errors import PenstockError
 from penstock_operator.labels import ROLES
 from penstock_operator.local import commands
@@ -27,6 +29,7 @@ examples:
   penstock chat                        talk to the model
   penstock scale decode=2              run two decode workers
   penstock render -f service.yaml      print the objects for Kubernetes
+  penstock crds                        print the resource definitions for Kubernetes
   penstock down                        stop it
 
 exit codes: 0 done, 1 failed, 2 wrong usage or a refused manifest, 3 no such service runs,
@@ -66,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_starting(add)
     _add_changing(add)
     _add_looking(add)
+    _add_planning(add)
     return parser
 
 
@@ -127,8 +131,9 @@ def _add_starting(add: _Commands) -> None:
         action="append",
         default=[],
         type=_pair,
-        metavar="NAME=FILE",
-        help="file that stands for a Secret of the manifest (apiKeySecret, tokenSecret)",
+        metavar="NAME=PATH",
+        help="file that stands for a Secret of the manifest (apiKeySecret, tokenSecret), or a "
+        "directory with a file for each of its entries",
     )
     up.add_argument(
         "--program",
@@ -167,6 +172,19 @@ def _add_changing(add: _Commands) -> None:
     )
 
 
+def _add_planning(add: _Commands) -> None:
+    """Add the commands that the runtime's simulator brings, where the runtime is installed.
+
+    Loaded by name: the planes do not import each other.
+    """
+    try:
+        planning = importlib.import_module("penstock_runtime.simulator.cli")
+    except ModuleNotFoundError:
+        return
+    for command in (planning.add_explain_chunks, planning.add_plan_capacity, planning.add_timeline):
+        command(add)
+
+
 def _add_looking(add: _Commands) -> None:
     get = _command(
         add, "get", commands.get, "show services, as `kubectl get` does", "penstock get -o wide"
@@ -200,6 +218,19 @@ def _add_looking(add: _Commands) -> None:
         "--with-keys",
         action="store_true",
         help="add the Secret with a new key pair (default: left out, the operator makes it)",
+    )
+    crds = _command(
+        add,
+        "crds",
+        commands.crds,
+        "print the CustomResourceDefinitions",
+        "penstock crds | kubectl apply --server-side -f -",
+    )
+    crds.add_argument(
+        "plural",
+        nargs="?",
+        choices=list(DEFINITIONS),
+        help="only this one (default: all)",
     )
     chat = _command(
         add,

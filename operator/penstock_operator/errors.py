@@ -7,7 +7,14 @@
     ├── NotRunning           no such service runs
     ├── PortInUse            another program holds the API's port
     ├── NoLoopbackNetwork    no free range of loopback addresses
-    └── ServiceFailed        the service started but did not do what was asked of it
+    ├── ServiceFailed        the service started but did not do what was asked of it
+    ├── SettingsError        the operator's settings are impossible
+    ├── LeaseLost            another operator may lead: this one must not write any more
+    └── ApiError             Kubernetes did not do what was asked of it
+        ├── ApiUnavailable       no answer, or one that asks to try again later
+        ├── ApiConflict          the object exists already, or is not the one that was meant
+        ├── ApiMissing           there is no such object or resource
+        └── ApiRefused           it will not be done, however often it is tried
 
 The message names the cause, `remedy` what to do about it. The command line prints both, without a
 traceback, and exits with `exit_code`.
@@ -76,3 +83,40 @@ class NoLoopbackNetwork(PenstockError):  # noqa: N818 - it names the state
 
 class ServiceFailed(PenstockError):  # noqa: N818 - it names the state
     """The service runs but did not do what was asked of it in time."""
+
+
+class SettingsError(PenstockError):
+    """A setting is impossible; the message names the flag."""
+
+    exit_code = 2
+
+
+class LeaseLost(PenstockError):  # noqa: N818 - it names the state
+    """The lease could not be renewed in time, so another operator may lead."""
+
+
+class ApiError(PenstockError):
+    """Kubernetes' API did not do what was asked of it.
+
+    `status` is the HTTP status, 0 if there was no answer.
+    """
+
+    def __init__(self, cause: str, *, status: int = 0, remedy: str = "") -> None:
+        super().__init__(cause, remedy=remedy)
+        self.status = status
+
+
+class ApiUnavailable(ApiError):  # noqa: N818 - it names the state
+    """No answer, or one that asks to try again later (429, 5xx)."""
+
+
+class ApiConflict(ApiError):  # noqa: N818 - it names the state
+    """The object exists already, changed meanwhile, or is another one of the same name (409)."""
+
+
+class ApiMissing(ApiError):  # noqa: N818 - it names the state
+    """There is no such object, or the API server does not know the resource (404)."""
+
+
+class ApiRefused(ApiError):  # noqa: N818 - it names the state
+    """The request is wrong or not allowed: the same again would be refused again (other 4xx)."""

@@ -15,6 +15,10 @@ LAYOUT = "penstock.dev/kv-layout"
 """Revisions with equal values of this label exchange KV and share a tokenizer."""
 POD_INDEX = "apps.kubernetes.io/pod-index"
 """Set by the StatefulSet controller: the ordinal of the pod, which is its pipeline stage."""
+APPLIED = "penstock.dev/applied"
+"""Annotation of objects that the operator applied: the hash of what it asked for."""
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+"""Annotation of pods: of a Deployment that shrinks, the cheapest go first."""
 
 CONTROL_PORT = 7000
 HTTP_PORT = 7001

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from penstock_operator.api import API_VERSION, KIND, InferenceService
 from penstock_operator.errors import ManifestError, Problem
+from penstock_operator.rules import broken
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -53,10 +54,14 @@ def parse_manifest(
         reason = f"it is {version} {kind}; expected apiVersion: {API_VERSION} and kind: {KIND}"
         raise ManifestError([Problem("", reason)], source=source)
     try:
-        return InferenceService.model_validate(raw)
+        service = InferenceService.model_validate(raw)
     except ValidationError as error:
         problems = [_problem(details, lines) for details in error.errors(include_url=False)]
         raise ManifestError(problems, source=source) from error
+    problems = [_located(problem, lines) for problem in broken(service)]
+    if problems:
+        raise ManifestError(problems, source=source)
+    return service
 
 
 def dump_manifest(service: InferenceService) -> dict[str, Any]:
@@ -103,14 +108,15 @@ def _problem(details: ErrorDetails, lines: dict[Path, int]) -> Problem:
             reason = str(details["ctx"]["error"])
         case "literal_error":
             reason = f"{details['input']!r} is not one of {details['ctx']['expected']}"
-        case "string_pattern_mismatch" if path[-1] == "name" and path[0] == "metadata":
-            reason = (
-                f"{details['input']!r} is not a name: lower-case letters, digits and '-', "
-                "beginning with a letter"
-            )
         case _:
             reason = f"{details['msg'][:1].lower()}{details['msg'][1:]}, not {details['input']!r}"
     return Problem(_dotted(path), reason, _line(path, lines))
+
+
+def _located(problem: Problem, lines: dict[Path, int]) -> Problem:
+    """Return the problem of a rule with its line."""
+    line = _line(tuple(problem.path.split(".")), lines)
+    return Problem(problem.path, problem.reason, line)
 
 
 def _line(path: Path, lines: dict[Path, int]) -> int:

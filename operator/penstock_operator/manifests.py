@@ -7,6 +7,7 @@ One service renders to
     once                 Services NAME-workers (headless) and NAME-router, Secret NAME-keys,
                          ServiceAccount, Role and RoleBinding of the router's discovery,
                          NetworkPolicy, PodDisruptionBudgets
+    per role that scales RoleScaler NAME-ROLE
 
 A revision is a hash of the pod template, so it changes exactly when pods have to be replaced, and
 each role has its own. Workloads are never changed in place: a new revision is a new object, and
@@ -48,6 +49,7 @@ def render(service: InferenceService, inputs: Inputs) -> list[Object]:
     groups = range(prefill.wanted if prefill else 0)
     return [
         *shared_objects(service, inputs),
+        *role_scalers(service, inputs, new=True),
         *(prefill_group(service, index, inputs) for index in groups),
         deployment(service, "decode", service.spec.decode.wanted, inputs),
         deployment(service, "router", service.spec.router.wanted, inputs),
@@ -157,6 +159,35 @@ def shared_objects(service: InferenceService, inputs: Inputs) -> list[Object]:
     return objects
 
 
+def role_scalers(service: InferenceService, inputs: Inputs, *, new: bool) -> list[Object]:
+    """Return the RoleScaler of each role whose number the manifest does not own.
+
+    Args:
+        service: whose roles are scaled.
+        inputs: as for other objects.
+        new: with the number to begin with, for a create. Without it they are for an apply, which
+            would otherwise take the number back from whoever has scaled the role since.
+    """
+    scalers = []
+    for role in labels.ROLES:
+        part = service.spec.role(role)
+        if part is None or part.replicas is not None:
+            continue
+        number = {"replicas": part.wanted} if new else {}
+        scalers.append(
+            _object(
+                service,
+                inputs,
+                "penstock.dev/v1alpha1",
+                "RoleScaler",
+                podspec.scaler_name(service, role),
+                extra_labels={labels.ROLE: role},
+                spec={"service": service.name, "role": role, **number},
+            )
+        )
+    return scalers
+
+
 def _workers_service(service: InferenceService, inputs: Inputs) -> Object:
     """Not-ready addresses too: stages must find each other before any of them is ready."""
     return _object(
@@ -173,8 +204,8 @@ def _workers_service(service: InferenceService, inputs: Inputs) -> Object:
                 "app.kubernetes.io/component": podspec.WORKER_COMPONENT,
             },
             "ports": [
-                {"name": "control", "port": labels.CONTROL_PORT},
-                {"name": "http", "port": labels.HTTP_PORT},
+                _service_port("control", labels.CONTROL_PORT),
+                _service_port("http", labels.HTTP_PORT),
             ],
         },
     )
@@ -189,7 +220,7 @@ def _router_service(service: InferenceService, inputs: Inputs) -> Object:
         f"{service.name}-router",
         spec={
             "selector": _role_selector(service, "router"),
-            "ports": [{"name": "http", "port": service.spec.router.port, "targetPort": "http"}],
+            "ports": [_service_port("http", service.spec.router.port)],
         },
     )
 
@@ -202,13 +233,24 @@ def _key_secret(service: InferenceService, inputs: Inputs, keys: Mapping[str, st
 
 
 def _discovery_rights(service: InferenceService, inputs: Inputs) -> list[Object]:
-    """The router lists and watches pods of its namespace, and may do nothing else."""
+    """The router lists and watches pods of its namespace, wakes roles, and may do nothing else."""
     name = podspec.router_account(service)
     group = "rbac.authorization.k8s.io"
-    rule = {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
+    rules: list[Object] = [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
+    ]
+    if waking := podspec.waking_roles(service):
+        rules.append(
+            {
+                "apiGroups": ["penstock.dev"],
+                "resources": ["rolescalers/scale"],
+                "resourceNames": [podspec.scaler_name(service, role) for role in waking],
+                "verbs": ["get", "patch"],
+            }
+        )
     return [
         _object(service, inputs, "v1", "ServiceAccount", name),
-        _object(service, inputs, f"{group}/v1", "Role", name, rules=[rule]),
+        _object(service, inputs, f"{group}/v1", "Role", name, rules=rules),
         _object(
             service,
             inputs,
@@ -275,6 +317,11 @@ def _disruption_budgets(service: InferenceService, inputs: Inputs) -> list[Objec
 
 
 # --- common -----------------------------------------------------------------------------------
+
+
+def _service_port(name: str, number: int) -> Object:
+    # With the protocol, although TCP is the default: it is part of the key by which applies merge.
+    return {"name": name, "port": number, "protocol": "TCP", "targetPort": name}
 
 
 def _role_selector(service: InferenceService, role: Role) -> dict[str, str]:

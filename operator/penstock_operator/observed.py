@@ -19,12 +19,16 @@ draining: told to end. stopped: ended."""
 
 Fault: TypeAlias = Literal[
     "",
+    "ConfigRefused",
     "CrashLooping",
     "ImagePullFailed",
     "InsufficientGPU",
     "ModelDownloading",
+    "ModelNotFound",
+    "MountFailed",
     "RDMAUnavailable",
     "TransportFallback",
+    "Unschedulable",
 ]
 """What keeps a pod from working as asked; the reason of the condition that it spoils."""
 
@@ -34,11 +38,13 @@ class Target:
     """What a role should come to."""
 
     replicas: int
-    """0 only for a role that the manifest does not have."""
+    """0 only for a role that the manifest does not have, or that is asleep."""
     revision: str
     layout: str
     surge: int = 1
     """Replicas beyond `replicas` while a rollout is under way; 0: old goes before new."""
+    asleep: bool = False
+    """Scaled to zero: the role is there, and a request wakes it."""
 
 
 Targets: TypeAlias = "Mapping[Role, Target]"
@@ -58,6 +64,10 @@ class Workload:
     """Asked for: pods, and 1 for a prefill group. 0: a group that drains, its index still taken."""
     ready: int = 0
     """Of these: pods that are ready, or 1 for a group whose every stage is."""
+    stages: int = 1
+    """Pods of one replica: more than 1 only for a prefill group."""
+    message: str = ""
+    """Why its pods cannot be made, empty if they can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +104,8 @@ class RouterAnswer:
 
     ready: bool
     message: str
+    holds: bool = False
+    """Takes requests and holds them until the workers that it has woken are there."""
 
 
 def converged(targets: Targets, observed: Sequence[Workload]) -> bool:

@@ -144,8 +144,8 @@ def _plan_role(role: Role, roles: Mapping[Role, _Role], used: frozenset[int]) ->
 
 
 def _retire(role: Role, roles: Mapping[Role, _Role]) -> list[Action]:
-    """Remove a role that the manifest no longer has, once no router asks for it."""
-    if roles["router"].old:
+    """Remove a role that sleeps, or one that the manifest no longer has and no router asks for."""
+    if roles["router"].old and not roles[role].target.asleep:
         return []
     return [Delete(workload.name) for workload in roles[role].workloads]
 

@@ -11,7 +11,14 @@ import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from penstock_operator import labels
-from penstock_operator.quantity import parse_quantity
+from penstock_operator.api import ROUTER_IMAGE, RUNTIME_IMAGE
+from penstock_operator.model_volume import (
+    cache_env,
+    model_argument,
+    model_volumes,
+    token_path,
+)
+from penstock_operator.quantity import canonical_quantity, parse_quantity
 
 if TYPE_CHECKING:
     from penstock_operator.api import ChunkedPrefill, InferenceService, Resources, RoleSpec
@@ -40,6 +47,21 @@ def workers_service(service: InferenceService) -> str:
 def key_secret(service: InferenceService) -> str:
     """Return the name of the Secret with the CURVE key pair."""
     return f"{service.name}-keys"
+
+
+def scaler_name(service: InferenceService, role: Role) -> str:
+    """Return the name of the RoleScaler of a role."""
+    return f"{service.name}-{role}"
+
+
+def waking_roles(service: InferenceService) -> list[Role]:
+    """Return the roles that may be scaled to zero, and that a request wakes."""
+    found: list[Role] = []
+    for role in labels.ROLES:
+        part = service.spec.role(role)
+        if part is not None and part.bounds[0] == 0:
+            found.append(role)
+    return found
 
 
 def router_account(service: InferenceService) -> str:
@@ -98,23 +120,24 @@ def _worker_pod(
     env = [
         _field_env("POD_NAME", "metadata.name"),
         _field_env("POD_IP", "status.podIP"),
-        *_cache_env(service),
+        *cache_env(service),
     ]
     if role == "prefill":
         env.append(_field_env("POD_INDEX", f"metadata.labels['{labels.POD_INDEX}']"))
     volumes, mounts = _volumes(service)
     container: Object = {
         "name": "worker",
-        "image": service.spec.image.runtime,
+        "image": service.spec.image.runtime or RUNTIME_IMAGE,
         "imagePullPolicy": service.spec.image.pull_policy,
         "command": ["penstock-worker"],
         "args": [*_worker_args(service, role, part, revision, index), *part.extra_args],
         "env": env,
         "ports": [
-            {"name": "control", "containerPort": labels.CONTROL_PORT},
-            {"name": "http", "containerPort": labels.HTTP_PORT},
+            _port("control", labels.CONTROL_PORT),
+            _port("http", labels.HTTP_PORT),
         ],
         **_probes("/healthz", "/readyz", liveness_failures=6),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
         "securityContext": _security(part.resources),
         **_resources(part.resources),
@@ -137,9 +160,12 @@ def _worker_args(
         "--http",
         f"$(POD_IP):{labels.HTTP_PORT}",
     ]
-    args += ["--keys", labels.KEYS_MOUNT, "--device", spec.device, "--dtype", spec.model.dtype]
+    args += ["--keys", labels.KEYS_MOUNT, "--device", spec.computes_on, "--dtype", spec.model.dtype]
     args += _token_args(service, "--model-token-file")
-    args += ["--kv-memory", spec.kv_cache.memory, "--page-size", str(spec.kv_cache.page_size)]
+    if part.resources.rdma is not None:
+        args.append("--rdma")
+    args += ["--kv-memory", str(math.floor(parse_quantity(spec.kv_cache.memory)))]
+    args += ["--page-size", str(spec.kv_cache.page_size)]
     if spec.model.max_model_len is not None:
         args += ["--max-model-len", str(spec.model.max_model_len)]
     if part.resources.cpu is not None:
@@ -162,9 +188,8 @@ def _chunk_args(chunks: ChunkedPrefill, default_tokens: int) -> list[str]:
 
 
 def _token_args(service: InferenceService, flag: str) -> list[str]:
-    if service.spec.model.token_secret is None:
-        return []
-    return [flag, f"{labels.MODEL_TOKEN_MOUNT}/{labels.TOKEN_ENTRY}"]
+    path = token_path(service)
+    return [] if path is None else [flag, path]
 
 
 # --- router -----------------------------------------------------------------------------------
@@ -181,13 +206,14 @@ def _router_pod(
         mounts.append(_mount("api-key", labels.API_KEY_MOUNT))
     container: Object = {
         "name": "router",
-        "image": spec.image.router,
+        "image": spec.image.router or ROUTER_IMAGE,
         "imagePullPolicy": spec.image.pull_policy,
         "command": ["penstock-router"],
         "args": [*_router_args(service, revision), *part.extra_args],
-        "env": [_field_env("POD_NAME", "metadata.name"), *_cache_env(service)],
-        "ports": [{"name": "http", "containerPort": spec.router.port}],
-        **_probes("/health", "/ready", liveness_failures=3),
+        "env": [_field_env("POD_NAME", "metadata.name"), *cache_env(service)],
+        "ports": [_port("http", spec.router.port)],
+        **_probes("/health", "/accepting", liveness_failures=3),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "lifecycle": {"preStop": {"sleep": {"seconds": ROUTER_LEAVE_SECONDS}}},
         "volumeMounts": mounts,
         "securityContext": _security(part.resources),
@@ -209,6 +235,8 @@ def _router_args(service: InferenceService, revision: str) -> list[str]:
     args += ["--host", "0.0.0.0", "--port", str(spec.router.port)]  # noqa: S104 - inside its pod
     args += ["--discovery", discovery, "--keys", labels.KEYS_MOUNT]
     args.append("--require-prefill" if spec.prefill else "--no-require-prefill")
+    for waking in waking_roles(service):
+        args += ["--wake", f"{waking}={scaler_name(service, waking)}"]
     if spec.router.api_key_secret is not None:
         args += ["--api-key-file", f"{labels.API_KEY_MOUNT}/{labels.API_KEY_ENTRY}"]
     return [*args, "--drain-seconds", str(DRAIN_SECONDS), "--revision", revision]
@@ -217,24 +245,12 @@ def _router_args(service: InferenceService, revision: str) -> list[str]:
 # --- parts ------------------------------------------------------------------------------------
 
 
-def model_argument(service: InferenceService) -> str:
-    """Return `--model`: the URI, with the revision behind @, a volume claim as its mount."""
-    model = service.spec.model
-    if model.scheme == "pvc":
-        claim, _, path = model.uri.removeprefix("pvc://").partition("/")
-        return f"file:///models/{claim}/{path}".rstrip("/")
-    return f"{model.uri}@{model.revision}" if model.revision else model.uri
-
-
-def _cache_env(service: InferenceService) -> list[Object]:
-    """Downloads go to the cache volume."""
-    if service.spec.model.scheme != "hf":
-        return []
-    return [{"name": "HF_HOME", "value": f"{labels.CACHE_MOUNT}/huggingface"}]
-
-
 def _volumes(service: InferenceService) -> tuple[list[Object], list[Object]]:
-    """Return the volumes and their mounts that every role has."""
+    """Return the volumes and their mounts that every role has.
+
+    The cache has no size limit: the size of a model is not known here, and a pod over its limit is
+    evicted while it serves. The node's own eviction protects the node; a limit can be patched in.
+    """
     volumes = [
         _secret_volume("keys", key_secret(service)),
         {"name": "cache", "emptyDir": {}},
@@ -245,15 +261,8 @@ def _volumes(service: InferenceService) -> tuple[list[Object], list[Object]]:
         {"name": "cache", "mountPath": labels.CACHE_MOUNT},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a volume of the pod's own
     ]
-    if service.spec.model.token_secret is not None:
-        volumes.append(_secret_volume("model-token", service.spec.model.token_secret))
-        mounts.append(_mount("model-token", labels.MODEL_TOKEN_MOUNT))
-    if service.spec.model.scheme == "pvc":
-        claim = service.spec.model.uri.removeprefix("pvc://").partition("/")[0]
-        source = {"claimName": claim, "readOnly": True}
-        volumes.append({"name": "model", "persistentVolumeClaim": source})
-        mounts.append(_mount("model", f"/models/{claim}"))
-    return volumes, mounts
+    of_model, model_mounts = model_volumes(service)
+    return [*volumes, *of_model], [*mounts, *model_mounts]
 
 
 def _secret_volume(name: str, secret: str) -> Object:
@@ -264,6 +273,11 @@ def _mount(name: str, path: str) -> Object:
     return {"name": name, "mountPath": path, "readOnly": True}
 
 
+def _port(name: str, number: int) -> Object:
+    # With the protocol, although TCP is the default: it is part of the key by which applies merge.
+    return {"name": name, "containerPort": number, "protocol": "TCP"}
+
+
 def _field_env(name: str, path: str) -> Object:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
@@ -271,9 +285,10 @@ def _field_env(name: str, path: str) -> Object:
 def _probes(alive: str, ready: str, *, liveness_failures: int) -> Object:
     """Probes over HTTP. The server answers `alive` before weights are loaded.
 
-    So the start-up probe covers imports only, two minutes of them, and weights of any size load
-    while the pod is alive and not ready. Liveness is slow to judge: a stopped or swapped-out
-    process is left a minute to come back, since killing it loses its KV.
+    So the start-up probe covers imports only, five minutes of them for libraries of gigabytes on a
+    cold disk, and weights of any size load while the pod is alive and not ready. Liveness is slow
+    to judge: a stopped or swapped-out process is left a minute to come back, since killing it loses
+    its KV.
     """
 
     def probe(path: str, period: int, timeout: int, failures: int) -> Object:
@@ -285,7 +300,7 @@ def _probes(alive: str, ready: str, *, liveness_failures: int) -> Object:
         }
 
     return {
-        "startupProbe": probe(alive, 2, 2, 60),
+        "startupProbe": probe(alive, 2, 2, 150),
         "readinessProbe": probe(ready, 2, 2, 2),
         "livenessProbe": probe(alive, 10, 5, liveness_failures),
     }
@@ -294,9 +309,9 @@ def _probes(alive: str, ready: str, *, liveness_failures: int) -> Object:
 def _resources(resources: Resources) -> Object:
     amounts: Object = {}
     if resources.cpu is not None:
-        amounts["cpu"] = resources.cpu
+        amounts["cpu"] = canonical_quantity(resources.cpu)
     if resources.memory is not None:
-        amounts["memory"] = resources.memory
+        amounts["memory"] = canonical_quantity(resources.memory)
     if resources.gpu:
         amounts["nvidia.com/gpu"] = str(resources.gpu)
     if resources.rdma is not None:
@@ -322,7 +337,10 @@ def _pod_defaults(service: InferenceService, own: dict[str, str], role: Role) ->
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
             "fsGroup": USER_ID,
+            # A volume of weights is not walked through at every start.
+            "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "topologySpreadConstraints": [
@@ -341,18 +359,30 @@ def _pod_defaults(service: InferenceService, own: dict[str, str], role: Role) ->
     return defaults
 
 
-def _merge(base: Any, patch: Any) -> Any:
-    """Return `base` with `patch` put over it; neither is changed."""
+def _merge(base: Any, patch: Any, *, whole: bool = False) -> Any:
+    """Return `base` with `patch` put over it; neither is changed.
+
+    With `whole`, things of one name replace each other: a volume has one source.
+    """
     if isinstance(base, dict) and isinstance(patch, dict):
         merged = dict(base)
         for key, value in patch.items():
-            merged[key] = _merge(base[key], value) if key in base else copy.deepcopy(value)
+            old = base.get(key)
+            merged[key] = (
+                copy.deepcopy(value) if old is None else _merge(old, value, whole=key == "volumes")
+            )
         return merged
     if _named(base) and _named(patch):
         patches = {item["name"]: item for item in patch}
-        kept = [_merge(item, patches.pop(item["name"], {})) for item in base]
+        kept = [_take(item, patches.pop(item["name"], None), whole=whole) for item in base]
         return [*kept, *copy.deepcopy(list(patches.values()))]
     return copy.deepcopy(patch)
+
+
+def _take(base: Object, patch: Object | None, *, whole: bool) -> Any:
+    if patch is None:
+        return base
+    return copy.deepcopy(patch) if whole else _merge(base, patch)
 
 
 def _named(value: Any) -> bool:

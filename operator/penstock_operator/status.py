@@ -3,7 +3,8 @@
 Ready is True only if ConfigValid, ModelReady, PrefillReady, DecodeReady, RouterReady and
 KVTransferReady are all True; Unknown is not True. A role is ready when it can serve: one group,
 one worker. Fewer than wanted is told by Progressing (on the way) and Degraded (a fault), so that
-Ready answers one question: would a request through the router succeed?
+Ready answers one question: would a request through the router succeed? A role that is scaled to
+zero is ready, because a request wakes it.
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ NEEDED = (
 
 _FAULTS: tuple[Fault, ...] = (
     "InsufficientGPU",
-    "ImagePullFailed",
     "RDMAUnavailable",
+    "Unschedulable",
+    "ImagePullFailed",
+    "ModelNotFound",
+    "ConfigRefused",
+    "MountFailed",
     "CrashLooping",
     "TransportFallback",
     "ModelDownloading",
 )
 """Most telling first: the cause of others comes before what it causes."""
+_UNPLACED: tuple[Fault, ...] = ("InsufficientGPU", "RDMAUnavailable", "Unschedulable")
+"""No node takes the pod."""
+_LONGEST = 2000
+"""Characters of a message: many stages may each have a long story, and the API has a limit."""
 _PASSING: tuple[Fault, ...] = ("ModelDownloading",)
 """Not a fault once it is over, and it ends by itself."""
 
@@ -60,6 +69,8 @@ class Observation:
     url: str = ""
     problems: Sequence[Problem] = ()
     """Why the spec cannot be carried out."""
+    failure: str = ""
+    """Why the last step could not be carried out, empty if it was."""
 
     def of(self, role: Role) -> list[Pod]:
         """Return the pods of `role`."""
@@ -68,6 +79,11 @@ class Observation:
     def ready(self, role: Role) -> int:
         """Return how many of `role` are ready: groups for prefill."""
         return sum(w.ready for w in self.workloads if w.role == role)
+
+    @property
+    def sleeping(self) -> list[Role]:
+        """The roles that are scaled to zero."""
+        return [role for role, target in self.targets.items() if target.asleep]
 
 
 def compute_status(
@@ -101,12 +117,13 @@ def compute_status(
                 type=kind,
                 status=status,
                 reason=reason,
-                message=message,
+                message=message if len(message) <= _LONGEST else f"{message[:_LONGEST]} …",
                 observedGeneration=generation,
                 lastTransitionTime=since if before == status else now,
             )
         )
-    prefill = seen.targets["prefill"].replicas or seen.ready("prefill")
+    target = seen.targets["prefill"]
+    prefill = target.replicas or target.asleep or seen.ready("prefill")
     return Status(
         observedGeneration=generation,
         conditions=tuple(conditions),
@@ -145,44 +162,90 @@ def _config_valid(seen: Observation) -> _Verdict:
 
 
 def _role_ready(seen: Observation, role: Role) -> _Verdict:
-    wanted, ready = seen.targets[role].replicas, seen.ready(role)
-    if role == "prefill" and wanted == 0:
+    target, ready = seen.targets[role], seen.ready(role)
+    if target.asleep:
+        return "True", "ScaledToZero", f"no {role} runs; a request starts it"
+    if role == "prefill" and target.replicas == 0:
         return "True", "Aggregated", "decode workers prefill for themselves"
-    noun = "group" if role == "prefill" else "pod"
     if ready:
-        return "True", "Available", f"{ready}/{wanted} {noun}s ready"
+        noun = "group" if role == "prefill" else "pod"
+        return "True", "Available", f"{ready}/{target.replicas} {noun}s ready"
+    return _role_missing(seen, role)
+
+
+def _role_missing(seen: Observation, role: Role) -> _Verdict:
+    """Say why no replica of a role is ready."""
     pods = seen.of(role)
     fault = _worst_fault(pods)
-    if fault is not None:
-        return "False", fault.fault, f"{fault.name}: {fault.message}"
-    if not pods:
-        return "False", "NotStarted", f"no {role} pod exists yet"
-    if role == "prefill" and (gap := _gang_gap(pods)):
+    gap = _gang_gap(seen) if role == "prefill" else ""
+    if gap and (fault is None or fault.fault == "Unschedulable"):
         return "False", "GangIncomplete", gap
+    if fault is not None:
+        told = gap if gap and fault.fault in _UNPLACED else f"{fault.name}: {fault.message}"
+        return "False", fault.fault, told
+    if not pods:
+        return _nothing_yet(seen, role)
     slowest = min(pods, key=lambda pod: (pod.progress, pod.name))
     return "False", "Starting", f"{slowest.name}: {slowest.message or slowest.state}"
 
 
-def _gang_gap(pods: list[Pod]) -> str:
-    """Say which stages are missing from groups of which others are ready."""
+def _nothing_yet(seen: Observation, role: Role) -> _Verdict:
+    """No pod of the role exists: the API's or a controller's word is all there is to tell."""
+    refused = [w for w in seen.workloads if w.role == role and w.message]
+    if refused:
+        return "False", "PodsRefused", f"{refused[0].name}: {refused[0].message}"
+    if seen.failure:
+        return "False", "StepFailed", seen.failure
+    return "False", "NotStarted", f"no {role} pod exists yet"
+
+
+def _gang_gap(seen: Observation) -> str:
+    """Say which stages are missing, and why, from groups of which others are there.
+
+    Beside a ready stage everything that is not ready is missing. Beside stages that only start,
+    what will not start by itself is missing.
+    """
+    sizes = {w.name: w.stages for w in seen.workloads if w.role == "prefill"}
+    pods = seen.of("prefill")
     gaps = []
-    for group in sorted({pod.group for pod in pods}):
-        stages = [pod for pod in pods if pod.group == group]
-        absent = sorted(pod.stage for pod in stages if pod.state != "ready")
-        if absent and len(absent) < len(stages):
-            gaps.append(f"{group} waits for stage {', '.join(map(str, absent))}")
+    for group in sorted({pod.group for pod in pods if pod.state != "draining"}):
+        stages = {pod.stage: pod for pod in pods if pod.group == group}
+        count = max(sizes.get(group, 1), max(stages) + 1)
+        ready = any(pod.state == "ready" for pod in stages.values())
+        absent = [stage for stage in range(count) if _absent(stages.get(stage), beside_ready=ready)]
+        if absent and len(absent) < count:
+            told = ", ".join(f"{stage} ({_why_absent(stages.get(stage))})" for stage in absent)
+            gaps.append(f"{group} waits for stage {told}")
     return "; ".join(gaps)
+
+
+def _absent(pod: Pod | None, *, beside_ready: bool) -> bool:
+    if pod is None or pod.state in ("draining", "waiting", "stopped"):
+        return True
+    if beside_ready:
+        return pod.state != "ready"
+    return bool(pod.fault) and pod.fault not in _PASSING
+
+
+def _why_absent(pod: Pod | None) -> str:
+    if pod is None:
+        return "it has no pod"
+    if pod.fault:
+        return f"{pod.fault}: {pod.message}"
+    return pod.message or pod.state
 
 
 def _model_ready(seen: Observation) -> _Verdict:
     """The weights are loaded by one decode worker and, if asked for, by one whole group."""
     pods = [*seen.of("prefill"), *seen.of("decode")]
-    decode = any(map(_loaded, seen.of("decode")))
+    decode = seen.targets["decode"].asleep or any(map(_loaded, seen.of("decode")))
     groups = {pod.group for pod in seen.of("prefill")}
     prefill = seen.targets["prefill"].replicas == 0 or any(
         all(_loaded(pod) for pod in pods if pod.group == group) for group in groups
     )
     if decode and prefill:
+        if "decode" in seen.sleeping:
+            return "True", "ScaledToZero", "a request loads the weights"
         return "True", "Loaded", "the weights are in memory"
     loading = [pod for pod in pods if not _loaded(pod) and pod.state == "starting"]
     slowest = min(loading, key=lambda pod: (pod.progress, pod.name), default=None)
@@ -203,6 +266,8 @@ def _router_ready(seen: Observation) -> _Verdict:
     """The router's own end-to-end check decides, not its pod's readiness."""
     if seen.router is not None and seen.router.ready:
         return "True", "Available", seen.router.message
+    if seen.sleeping and seen.router is not None and seen.router.holds:
+        return "True", "ScaledToZero", "the router holds requests until the workers are there"
     fault = _worst_fault(seen.of("router"))
     if fault is not None:
         return "False", fault.fault, f"{fault.name}: {fault.message}"
@@ -213,6 +278,8 @@ def _router_ready(seen: Observation) -> _Verdict:
 
 def _kv_transfer_ready(seen: Observation) -> _Verdict:
     """Links are what decode workers report; a router that is ready has proven one end to end."""
+    if seen.sleeping:
+        return "True", "ScaledToZero", "no KV is transferred until a request starts the workers"
     if seen.targets["prefill"].replicas == 0:
         return "True", "Aggregated", "no KV is transferred"
     groups = {w.name for w in seen.workloads if w.role == "prefill" and w.ready}
@@ -247,6 +314,11 @@ def _degraded(seen: Observation) -> _Verdict:
     fault = _worst_fault([pod for pod in seen.pods if pod.fault not in _PASSING])
     if fault is not None:
         return "True", fault.fault, f"{fault.name}: {fault.message}"
+    if seen.failure:
+        return "True", "StepFailed", seen.failure
+    refused = [w for w in seen.workloads if w.message]
+    if refused:
+        return "True", "PodsRefused", f"{refused[0].name}: {refused[0].message}"
     return "False", "AsExpected", "no pod reports a fault"
 
 

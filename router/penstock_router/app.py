@@ -175,8 +175,19 @@ class Api:
     async def ready(self) -> Response:
         """GET /ready: a request would succeed from end to end."""
         reasons = self._readiness.reasons()
-        body = {"ready": not reasons, "reasons": reasons}
+        body = {
+            "ready": not reasons,
+            "reasons": reasons,
+            "message": "; ".join(reasons) or self._readiness.message(),
+            "idle_seconds": round(self._proxy.idle_seconds(), 3),
+            "waking": self._readiness.waking(),
+        }
         return JSONResponse(body, status_code=503 if reasons else 200)
+
+    async def accepting(self) -> Response:
+        """GET /accepting: a request is served, or held until it can be."""
+        accepting = self._readiness.accepting()
+        return JSONResponse({"accepting": accepting}, status_code=200 if accepting else 503)
 
     async def metrics(self) -> Response:
         """GET /metrics, for Prometheus."""
@@ -201,6 +212,7 @@ def build_app(api: Api, keys: KeyFile | None) -> FastAPI:
         ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health),
         ("GET", "/ready", api.ready),
+        ("GET", "/accepting", api.accepting),
         ("GET", "/metrics", api.metrics),
     ]
     for method, path, handler in routes:

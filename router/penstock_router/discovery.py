@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import msgspec
 from msgspec import Meta, Struct
 
-from penstock_router.errors import ConfigurationError
 from penstock_wire.names import split_address
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +45,11 @@ class _EndpointFile(Struct, frozen=True):
 
 class Discovery(Protocol):
     """A stream of the workers that there are."""
+
+    @property
+    def problem(self) -> str:
+        """Why the list may be old, or is not known at all; empty if it is current."""
+        ...
 
     def watch(self) -> AsyncIterator[tuple[Endpoint, ...]]:
         """Yield the whole list at first and after every change, for ever."""
@@ -90,6 +94,7 @@ class FileDiscovery:
     def __init__(self, path: Path, *, interval: float) -> None:
         self._path = path
         self._interval = interval
+        self.problem = ""
 
     async def watch(self) -> AsyncIterator[tuple[Endpoint, ...]]:
         """Yield the list at first (empty without a file) and after every change of it."""
@@ -117,21 +122,13 @@ class FileDiscovery:
 
     def _read(self) -> tuple[Endpoint, ...] | None:
         try:
-            return parse_endpoints(self._path.read_bytes())
+            found = parse_endpoints(self._path.read_bytes())
         except FileNotFoundError:
-            log.warning("the discovery file %s is not there; workers stay as they were", self._path)
+            self.problem = f"the discovery file {self._path} is not there"
         except (OSError, InvalidEndpoints) as error:
-            log.warning(
-                "the discovery file %s is unusable, workers stay as they were: %s",
-                self._path,
-                error,
-            )
+            self.problem = f"the discovery file {self._path} is unusable: {error}"
+        else:
+            self.problem = ""
+            return found
+        log.warning("%s; workers stay as they were", self.problem)
         return None
-
-
-def open_discovery(where: str, *, interval: float) -> Discovery:
-    """Return the discovery that a setting names. Raises ConfigurationError for an unknown kind."""
-    kind, _, rest = where.partition(":")
-    if kind == "file" and rest:
-        return FileDiscovery(Path(rest.removeprefix("//")), interval=interval)
-    raise ConfigurationError(f"--discovery {where!r} is not known; write file:PATH")

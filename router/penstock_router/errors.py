@@ -2,6 +2,9 @@
 
 RouterError
 ├── ConfigurationError        the router cannot start: says what to change
+│   └── ModelUnusable         the model's files are not there or not as they should be
+├── KubernetesError           the Kubernetes API refused, or did not answer
+│   └── KubernetesGarbage     it answered with what cannot be understood
 └── ApiError                  an answer to a client, in OpenAI's shape
     ├── InvalidRequest        400, names the parameter
     ├── Unauthorized          401
@@ -26,6 +29,27 @@ class RouterError(Exception):
 
 class ConfigurationError(RouterError):
     """The router cannot start with these settings."""
+
+
+class ModelUnusable(ConfigurationError):
+    """The model's files are not there, or cannot be used; names the file and the remedy."""
+
+
+class KubernetesError(RouterError):
+    """The Kubernetes API refused, or did not answer.
+
+    Args:
+        message: what was asked and why it failed.
+        status: HTTP status of a refusal; 0 if there was none.
+    """
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class KubernetesGarbage(KubernetesError):
+    """The Kubernetes API answered with what cannot be understood, or with too much."""
 
 
 class ApiError(RouterError):

@@ -26,7 +26,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+_WRITES_A_TURN = 4
+"""Events written before the event loop gets its turn. A burst of tokens would otherwise be written
+to the end into a connection that broke with its first bytes, of which asyncio complains from the
+fifth write on; and other streams would wait."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/accepting", "/metrics"})
 """Answered without a key: probes and Prometheus have none, and they tell no content."""
 
 
@@ -132,6 +136,7 @@ class EventStream(Response):
         self._on_end = on_end
         self._started = False
         self._last_sent = 0.0
+        self._written = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the events end or the client is gone."""
@@ -175,6 +180,9 @@ class EventStream(Response):
             self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._written += 1
+        if self._written % _WRITES_A_TURN == 0:
+            await asyncio.sleep(0)
 
     async def _keep_alive(self, send: Send) -> None:
         self._last_sent = time.monotonic()

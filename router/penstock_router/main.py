@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import sys
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 
 from penstock_router import settings as settings_module
 from penstock_router.app import Api, build_app
 from penstock_router.auth import KeyFile
-from penstock_router.discovery import open_discovery
-from penstock_router.errors import ConfigurationError
+from penstock_router.discovery import FileDiscovery
+from penstock_router.errors import ConfigurationError, ModelUnusable
+from penstock_router.kubernetes_api import KubernetesApi
+from penstock_router.kubernetes_discovery import KubernetesDiscovery, PodSet
 from penstock_router.links import control_links
 from penstock_router.metrics import Metrics
 from penstock_router.openai.service import CompletionService
 from penstock_router.prefix_index import PrefixIndex
 from penstock_router.proxy import Proxy
 from penstock_router.readiness import Readiness
+from penstock_router.scaling import RoleScalers
 from penstock_router.served_model import FILES, ServedModel, load_served_model
 from penstock_router.server import CloseWhenDraining, Server, listeners
+from penstock_router.wake import Waker
 from penstock_router.workers import Fleet
 from penstock_wire.keys import InvalidKeys, Keys
 from penstock_wire.messages import Hello
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 
     from penstock_router.discovery import Discovery
     from penstock_router.links import LinkFactory
+    from penstock_router.scaling import Scales
     from penstock_router.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,7 @@ class Router:
         model: what is served.
         discovery: where the workers are.
         connect: makes links to them.
+        scales: where roles that sleep are woken; needed if `settings.wake` has one.
         hello: who the router is.
         keys: bearer keys; None leaves the API open.
         rng: breaks ties between workers.
@@ -67,6 +75,7 @@ class Router:
         hello: Hello,
         keys: KeyFile | None,
         rng: random.Random,
+        scales: Scales | None = None,
     ) -> None:
         self.metrics = Metrics()
         self.fleet = Fleet(
@@ -78,9 +87,17 @@ class Router:
             require_prefill=settings.require_prefill,
             group_wait=settings.group_wait_seconds,
         )
-        self.readiness = Readiness(self.fleet, timeout=settings.canary_seconds)
+        self.waker = Waker(
+            self.fleet,
+            scales,
+            settings.scalers,
+            self.metrics,
+            seconds=settings.wake_seconds,
+        )
+        self.readiness = Readiness(self.fleet, self.waker, timeout=settings.canary_seconds)
         self.proxy = Proxy(
             self.fleet,
+            self.waker,
             self.metrics,
             max_queue=settings.max_queue,
             max_attempts=settings.max_attempts,
@@ -109,6 +126,7 @@ class Router:
                 tasks = [
                     group.create_task(self.fleet.run(), name="fleet"),
                     group.create_task(self.readiness.run(), name="readiness"),
+                    group.create_task(self.waker.run(), name="waker"),
                 ]
                 yield
                 for task in tasks:
@@ -132,16 +150,19 @@ async def serve(settings: Settings) -> None:
         boot_id=new_boot_id(),
         revision=settings.revision,
     )
+    rng = random.Random()  # noqa: S311 - breaks ties and spreads attempts, keeps no secret
+    discovery, scales = _surroundings(settings, rng)
     router = Router(
         settings,
         model,
-        open_discovery(settings.discovery, interval=settings.discovery_seconds),
+        discovery,
         control_links(
             hello, curve, settings=LinkSettings(), resolver=Resolver(settings.hosts_file)
         ),
         hello=hello,
         keys=keys,
-        rng=random.Random(),  # noqa: S311 - breaks ties, keeps no secret
+        rng=rng,
+        scales=scales,
     )
     config = uvicorn.Config(
         CloseWhenDraining(router.app, router.readiness),
@@ -154,7 +175,27 @@ async def serve(settings: Settings) -> None:
     )
     sockets = listeners(settings.host, settings.port, settings.fd)
     async with router.running():
-        await Server(config, router.readiness).serve(sockets=sockets)
+        await Server(config, router.readiness, own=sockets[0]).serve(sockets=sockets)
+
+
+def _surroundings(settings: Settings, rng: random.Random) -> tuple[Discovery, Scales | None]:
+    """Return where workers are found, and where they are scaled. Raises ConfigurationError."""
+    kind, _, rest = settings.discovery.partition(":")
+    if kind == "file" and rest:
+        path = Path(rest.removeprefix("//"))
+        return FileDiscovery(path, interval=settings.discovery_seconds), None
+    if kind != "kubernetes":
+        raise ConfigurationError(
+            f"--discovery {settings.discovery!r} is not known; write file:PATH or "
+            "kubernetes:NAMESPACE/LABEL=VALUE"
+        )
+    if settings.kubernetes_api is None:
+        raise ConfigurationError(
+            "--discovery kubernetes:… outside a cluster needs --kubernetes-api URL"
+        )
+    pods = PodSet.parse(rest)
+    api = KubernetesApi(settings.kubernetes_api, settings.kubernetes_credentials)
+    return KubernetesDiscovery(api, pods, rng=rng), RoleScalers(api, pods.namespace)
 
 
 def _load_model(settings: Settings) -> ServedModel:
@@ -169,7 +210,11 @@ def _load_model(settings: Settings) -> ServedModel:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `penstock-router`; exits with 1 and a sentence if it cannot start."""
+    """Run `penstock-router`.
+
+    If it cannot start it says why in a sentence, and exits with EX_NOINPUT (66) if the model is not
+    there or not readable, EX_CONFIG (78) if a setting is refused.
+    """
     try:
         settings = settings_module.parse(arguments)
         logging.basicConfig(
@@ -178,8 +223,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream=sys.stderr,
         )
         asyncio.run(serve(settings))
-    except (ConfigurationError, ModelSourceError, InvalidKeys) as error:
-        sys.exit(f"penstock-router: {error}")
+    except (ModelUnusable, ModelSourceError) as error:
+        _give_up(error, os.EX_NOINPUT)
+    except (ConfigurationError, InvalidKeys) as error:
+        _give_up(error, os.EX_CONFIG)
+
+
+def _give_up(error: Exception, status: int) -> NoReturn:
+    print(f"penstock-router: {error}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

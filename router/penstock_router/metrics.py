@@ -58,6 +58,12 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.wakes = Counter(
+            "penstock_wakes",
+            "Roles scaled to zero that this router woke, by role.",
+            ["role"],
+            registry=registry,
+        )
         self.prompt_tokens = Counter(
             "penstock_prompt_tokens", "Prompt tokens of completions.", registry=registry
         )

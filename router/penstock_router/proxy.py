@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from penstock_router.calls import Answer
     from penstock_router.metrics import Metrics
+    from penstock_router.wake import Waker
     from penstock_router.workers import Fleet, Worker
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 _FIRST_BACKOFF = 0.05
 """Seconds that a worker is left alone after its first failure; doubles with every attempt."""
 _LONGEST_BACKOFF = 2.0
+_ASK_AGAIN_SECONDS = 5.0
+"""Between two asks of a held request that a role be woken: it may be put back to sleep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +167,7 @@ class Proxy:
 
     Args:
         fleet: the workers.
+        waker: wakes roles that are scaled to zero.
         metrics: what happens is counted there.
         max_queue: completions that may wait for their first token.
         max_attempts: workers tried for one completion.
@@ -174,6 +178,7 @@ class Proxy:
     def __init__(
         self,
         fleet: Fleet,
+        waker: Waker,
         metrics: Metrics,
         *,
         max_queue: int,
@@ -182,6 +187,7 @@ class Proxy:
         stall: float,
     ) -> None:
         self._fleet = fleet
+        self._waker = waker
         self._metrics = metrics
         self._max_queue = max_queue
         self._max_attempts = max_attempts
@@ -191,6 +197,12 @@ class Proxy:
         """Completions without a first token."""
         self.running = 0
         """Completions with one."""
+        self._idle_since = time.monotonic()
+
+    def idle_seconds(self) -> float:
+        """Return for how long no completion has been in flight; 0 while one is."""
+        busy = self.waiting or self.running
+        return 0.0 if busy else time.monotonic() - self._idle_since
 
     def check_queue(self) -> None:
         """Raise Overloaded if one more completion may not wait."""
@@ -232,6 +244,7 @@ class Proxy:
                 self.waiting -= 1
             else:
                 self.running -= 1
+            self._idle_since = time.monotonic()
 
     async def _attempts(self, run: _Run) -> AsyncGenerator[Update]:
         while not run.finish:
@@ -266,12 +279,16 @@ class Proxy:
     async def _place(self, run: _Run) -> tuple[Worker, Call]:
         """Send the request to the cheapest worker, waiting for one if there is none.
 
+        The wait is longer while a role that was scaled to zero wakes.
+
         Raises:
             NoWorker, Overloaded: none could take it within the wait.
         """
         prompt, demand = run.prompt(), run.demand()
-        deadline = time.monotonic() + self._worker_wait
+        started = time.monotonic()
+        patience = self._worker_wait
         while True:
+            self._waker.request()
             avoid = run.avoided()
             choice = self._fleet.choose(prompt, demand, avoid=avoid)
             if choice is not None:
@@ -284,11 +301,15 @@ class Proxy:
                     continue
                 self._metrics.routed(choice, demand)
                 return worker, call
+            if self._waker.holds():
+                patience = max(patience, self._waker.seconds)
             now = time.monotonic()
-            if now >= deadline:
+            if now >= started + patience:
                 raise self._nobody(run)
             alone = self._fleet.alone_at()
-            waits = [deadline, *avoid.values(), *([alone] if alone and alone > now else [])]
+            waits = [started + patience, *avoid.values()]
+            waits += [alone] if alone and alone > now else []
+            waits += [now + _ASK_AGAIN_SECONDS] if self._waker.sleeps else []
             await self._fleet.changed(min(waits) - now)
 
     def _check_attempts(self, run: _Run) -> None:
@@ -303,9 +324,10 @@ class Proxy:
                 code="overloaded",
                 retry_after=self._retry_after(),
             )
+        waited = time.monotonic() - run.job.arrived
         why = f" (last failure: {failure})" if failure is not None else ""
         return NoWorker(
-            f"no decode worker could take the request within {self._worker_wait:g} s and "
+            f"no decode worker could take the request within {waited:.0f} s and "
             f"{run.attempts} attempts{why}; /ready says what is missing",
             code="no_worker",
             retry_after=5,

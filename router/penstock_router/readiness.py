@@ -20,10 +20,12 @@ from penstock_wire.messages import Failed, Generate, Sampling, pack_tokens
 from penstock_wire.sockets import LinkDown
 
 if TYPE_CHECKING:
+    from penstock_router.wake import SleepingRole, Waker
     from penstock_router.workers import Fleet, Worker
 
 log = logging.getLogger(__name__)
 
+_ROLES: tuple[SleepingRole, ...] = ("decode", "prefill")
 _RETRY_SECONDS = 1.0
 """Between a canary that failed and the next one: a worker's recovery is noticed within a second."""
 _PROMPT_TOKENS = 8
@@ -49,38 +51,77 @@ class Readiness:
 
     Args:
         fleet: the workers.
+        waker: tells which roles are scaled to zero.
         timeout: seconds that a canary may take.
         token: a token id that the model knows.
     """
 
-    def __init__(self, fleet: Fleet, *, timeout: float, token: int = 0) -> None:
+    def __init__(self, fleet: Fleet, waker: Waker, *, timeout: float, token: int = 0) -> None:
         self._fleet = fleet
+        self._waker = waker
         self._timeout = timeout
         self._token = token
         self._passed: set[Path] = set()
         self._failures: dict[Path, str] = {}
         self._running: dict[Path, asyncio.Task[None]] = {}
+        self._was_ready = False
         self.draining = False
+
+    def accepting(self) -> bool:
+        """Return whether connections should come here.
+
+        Once the router has been ready, a worker's crash is no reason to send clients away: it
+        holds their requests until there is one again.
+        """
+        return not self.draining and (self._was_ready or not self.reasons())
+
+    def waking(self) -> bool:
+        """Return whether a role is on its way up from zero."""
+        return any(self._waker.waking(role) for role in _ROLES)
+
+    def message(self) -> str:
+        """Return what a router that is ready has to say."""
+        asleep = [role for role in _ROLES if self._waker.asleep(role)]
+        if asleep:
+            return f"scaled to zero: {' and '.join(asleep)}; the next request wakes them"
+        return "requests are answered"
 
     def reasons(self) -> list[str]:
         """Return why a request would not succeed now; nothing means ready."""
+        reasons = self._reasons()
+        self._was_ready = self._was_ready or not reasons
+        return reasons
+
+    def _reasons(self) -> list[str]:
         if self.draining:
             return ["the router is draining"]
+        if self._waker.asleep("decode"):
+            return []  # a request is held, wakes it, and is answered
         complete = [path for path in self._paths() if self._complete(path)]
         if any(path in self._passed for path in complete):
             return []
         if not complete:
-            return [self._missing()]
+            return [*self._sleep_reasons(), self._missing()]
         return [
             f"the canary of {_name(path)} {self._failures.get(path, 'has not come back yet')}"
             for path in complete
         ]
+
+    def _sleep_reasons(self) -> list[str]:
+        found = []
+        for role in _ROLES:
+            if self._waker.waking(role):
+                found.append(f"{role} was scaled to zero and is waking")
+            if problem := self._waker.problem(role):
+                found.append(f"whether {role} is scaled to zero is not known: {problem}")
+        return found
 
     async def run(self) -> None:
         """Probe new paths for ever."""
         try:
             while True:
                 self._follow()
+                self.reasons()  # notes the first time that there are none
                 await self._fleet.changed(_RETRY_SECONDS)
         finally:
             for task in self._running.values():
@@ -103,8 +144,16 @@ class Readiness:
             log.error("the canary of %s broke", _name(path), exc_info=error)
 
     def _complete(self, path: Path) -> bool:
-        """Return whether a request could take this path from end to end."""
-        return bool(path.group) or not self._fleet.require_prefill
+        """Return whether a request could take this path from end to end.
+
+        While prefill sleeps or wakes, decode workers answer alone.
+        """
+        return (
+            bool(path.group)
+            or not self._fleet.require_prefill
+            or self._waker.asleep("prefill")
+            or self._waker.waking("prefill")
+        )
 
     def _paths(self) -> list[Path]:
         decodes = self._fleet.decode_workers()
@@ -122,7 +171,8 @@ class Readiness:
     def _missing(self) -> str:
         listed = [w for w in self._fleet.workers if w.endpoint.role == "decode"]
         if not listed:
-            return "no decode worker is listed by discovery"
+            problem = self._fleet.discovery_problem
+            return "no decode worker is listed by discovery" + (f": {problem}" if problem else "")
         if not self._fleet.decode_workers():
             return "no decode worker is ready: " + ", ".join(_state(worker) for worker in listed)
         stages = [w for w in self._fleet.workers if w.endpoint.role == "prefill"]

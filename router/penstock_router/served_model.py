@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from penstock_router.errors import ConfigurationError
+from penstock_router.errors import ModelUnusable
 from penstock_router.openai.chat_template import ChatTemplate, load_chat_template, token_text
 from penstock_router.openai.tokenizer import TextTokenizer
 
@@ -38,7 +38,7 @@ def load_served_model(directory: Path, *, name: str, created: int) -> ServedMode
     """Read a checkpoint directory in Hugging Face format.
 
     Raises:
-        ConfigurationError: a file is missing or unusable; names it and the remedy.
+        ModelUnusable: a file is missing or unusable; names it and the remedy.
     """
     config = _read_json(directory / "config.json", required=True)
     generation = _read_json(directory / "generation_config.json")
@@ -46,9 +46,7 @@ def load_served_model(directory: Path, *, name: str, created: int) -> ServedMode
     tokenizer = TextTokenizer.load(directory)
     max_model_len = config.get("max_position_embeddings")
     if not isinstance(max_model_len, int) or max_model_len < 1:
-        raise ConfigurationError(
-            f"{directory / 'config.json'} has no usable max_position_embeddings"
-        )
+        raise ModelUnusable(f"{directory / 'config.json'} has no usable max_position_embeddings")
     return ServedModel(
         name=name,
         created=created,
@@ -85,11 +83,11 @@ def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         if not required:
             return {}
-        raise ConfigurationError(
+        raise ModelUnusable(
             f"{path} is not there; the model must be a checkpoint directory in Hugging Face format"
         ) from None
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+        raise ModelUnusable(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigurationError(f"{path} is not a JSON object")
+        raise ModelUnusable(f"{path} is not a JSON object")
     return value

@@ -13,14 +13,14 @@ import contextlib
 import logging
 import signal
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
 from penstock_router.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,7 +37,7 @@ _POLL_SECONDS = 0.02
 
 
 def listeners(host: str, port: int, inherited: int | None) -> list[socket.socket]:
-    """Return the listening sockets: host:port, and the inherited file descriptor if there is one.
+    """Return the listening sockets: our own at host:port, then an inherited one if there is.
 
     Raises ConfigurationError, with the reason, if one of them cannot be had.
     """
@@ -105,11 +105,17 @@ class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT; then not ready at once, and streams may end.
 
     A second signal ends the streams too. The process exits with 0 after a drain.
+
+    Args:
+        config: uvicorn's.
+        readiness: is told of the drain.
+        own: the listening socket that nobody else serves.
     """
 
-    def __init__(self, config: uvicorn.Config, readiness: Readiness) -> None:
+    def __init__(self, config: uvicorn.Config, readiness: Readiness, *, own: socket.socket) -> None:
         super().__init__(config)
         self._readiness = readiness
+        self._own = own
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -136,15 +142,39 @@ class Server(uvicorn.Server):
         The server behind this one closes every connection that has no request at this moment. One
         whose request is on its way would see it lost, so those are given the time to arrive first.
         """
+        loop = asyncio.get_running_loop()
+        waiting = self._accept_rest()
         for server in self.servers:
             server.close()
-        loop = asyncio.get_running_loop()
+        for connection in waiting:
+            await loop.connect_accepted_socket(self._protocol, connection)
         deadline = loop.time() + _LAST_ASK_SECONDS
         while (  # noqa: ASYNC110 - the connections are uvicorn's, and announce nothing
             self._silent() and not self.force_exit and loop.time() < deadline
         ):
             await asyncio.sleep(_POLL_SECONDS)
         await super().shutdown(sockets)
+
+    def _accept_rest(self) -> list[socket.socket]:
+        """Return the connections that wait at our own address.
+
+        Closing the listening socket resets them, though their clients believe to be connected. At
+        an inherited one they wait for the next router.
+        """
+        found: list[socket.socket] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = self._own.accept()
+                connection.setblocking(False)
+                found.append(connection)
+        return found
+
+    def _protocol(self) -> asyncio.Protocol:
+        """Return what serves one connection, as uvicorn makes it for those that it accepts."""
+        make = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
+        return make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     def _silent(self) -> bool:
         """Tell whether a connection is open that no request is being answered on."""

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import sys
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    get_args,
+    get_type_hints,
+)
 
 from penstock_router.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +29,8 @@ class Settings:
     """Everything that can be chosen about a router.
 
     The command line is made from these fields: `max_queue` is `--max-queue`. A flag given twice
-    counts with its last value, so that a launcher can append what it must override.
+    counts with its last value, so that a launcher can append what it must override; `--wake` is a
+    list, and each counts.
     """
 
     model: Annotated[
@@ -35,12 +47,41 @@ class Settings:
     ]
     discovery: Annotated[
         str,
-        "Where the workers are: file:PATH of a JSON list that is watched.",
+        (
+            "Where the workers are: file:PATH of a JSON list that is watched, or "
+            "kubernetes:NAMESPACE/LABEL=VALUE of pods."
+        ),
     ]
     keys: Annotated[
         Path,
         "Directory of the service's CURVE key pair.",
     ]
+    kubernetes_api: Annotated[
+        str | None,
+        (
+            "URL of the Kubernetes API. By default that of the cluster in which the router runs, "
+            "as Kubernetes tells its pods in KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT."
+        ),
+    ] = None
+    kubernetes_credentials: Annotated[
+        Path,
+        "Directory with the token and ca.crt for it. By default where Kubernetes mounts them.",
+    ] = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+    wake: Annotated[
+        tuple[str, ...],
+        (
+            "ROLE=SCALER: a role, decode or prefill, that may be scaled to zero, and the name of "
+            "the RoleScaler by which a request wakes it. May be given for each role; none by "
+            "default."
+        ),
+    ] = ()
+    wake_seconds: Annotated[
+        float,
+        (
+            "How long a request is held for a role that wakes, before 503. 600 s leave a large "
+            "model time to be scheduled, downloaded and loaded."
+        ),
+    ] = 600.0
     name: Annotated[
         str,
         "This router's name, told to the workers.",
@@ -176,11 +217,33 @@ class Settings:
         for name in _SECONDS:
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{_flag(name)} must be more than 0 seconds")
+        self._check_wake()
         if self.log_level not in {"debug", "info", "warning", "error"}:
             raise ConfigurationError(f"--log-level {self.log_level!r} is not a level")
 
+    def _check_wake(self) -> None:
+        for each in self.wake:
+            role, _, scaler = each.partition("=")
+            if role not in {"decode", "prefill"} or not _SCALER.fullmatch(scaler):
+                raise ConfigurationError(
+                    f"--wake {each!r} is malformed; write decode=SCALER or prefill=SCALER"
+                )
+        if self.wake and not self.discovery.startswith("kubernetes:"):
+            raise ConfigurationError(
+                "--wake needs --discovery kubernetes:…: only there a role can be scaled to zero"
+            )
 
+    @property
+    def scalers(self) -> dict[Literal["decode", "prefill"], str]:
+        """The RoleScaler of each role that may sleep."""
+        pairs = dict(each.split("=", 1) for each in self.wake)
+        roles: tuple[Literal["decode", "prefill"], ...] = ("decode", "prefill")
+        return {role: pairs[role] for role in roles if role in pairs}
+
+
+_SCALER = re.compile(r"[a-z0-9]([-a-z0-9]{0,251}[a-z0-9])?")
 _SECONDS = (
+    "wake_seconds",
     "group_wait_seconds",
     "worker_wait_seconds",
     "stall_seconds",
@@ -196,9 +259,9 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
     Raises:
         ConfigurationError: a value is impossible.
-        SystemExit: a flag is unknown, missing or malformed, as argparse does.
+        SystemExit: with EX_CONFIG (78), a flag is unknown, missing or malformed.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="penstock-router",
         description="The OpenAI API in front of Penstock's workers.",
         allow_abbrev=False,
@@ -207,19 +270,43 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     for each in fields(Settings):
         hint, text = get_args(hints[each.name])
         _add_flag(parser, each, hint, text)
-    return Settings(**vars(parser.parse_args(arguments)))
+    found = vars(parser.parse_args(arguments))
+    found["wake"] = tuple(found["wake"])
+    if found["kubernetes_api"] is None:
+        found["kubernetes_api"] = in_cluster_api(os.environ)
+    return Settings(**found)
+
+
+def in_cluster_api(environment: Mapping[str, str]) -> str | None:
+    """Return the URL of the API that Kubernetes tells its pods, None outside a cluster."""
+    host = environment.get("KUBERNETES_SERVICE_HOST")
+    if not host:
+        return None
+    host = f"[{host}]" if ":" in host else host
+    return f"https://{host}:{environment.get('KUBERNETES_SERVICE_PORT', '443')}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with EX_CONFIG, so that the operator can tell a refused setting from a crash."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(os.EX_CONFIG, f"{self.prog}: {message}\n")
 
 
 def _add_flag(parser: argparse.ArgumentParser, each: Field[Any], hint: Any, text: str) -> None:
     required = each.default is MISSING
     text = text.replace("%", "%%")
-    if not required and each.default not in {None, ""}:
+    if not required and each.default not in {None, "", ()}:
         text += f" Default: {each.default}."
     default = None if required else each.default
     if hint is bool:
         parser.add_argument(
             _flag(each.name), action=argparse.BooleanOptionalAction, default=default, help=text
         )
+        return
+    if hint == tuple[str, ...]:
+        parser.add_argument(_flag(each.name), action="append", default=[], help=text)
         return
     kind = next((t for t in (Path, int, float) if hint in {t, t | None}), str)
     parser.add_argument(_flag(each.name), type=kind, default=default, required=required, help=text)

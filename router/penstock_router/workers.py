@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from penstock_router import policy
 from penstock_router.calls import Calls
@@ -198,6 +198,15 @@ class Fleet:
             for w in self._workers.values()
             if w.endpoint.role == "prefill" and w.ready
         }
+
+    def lists(self, role: Literal["decode", "prefill"]) -> bool:
+        """Return whether discovery lists any worker of `role`, whatever its state."""
+        return any(endpoint.role == role for endpoint in self._endpoints)
+
+    @property
+    def discovery_problem(self) -> str:
+        """Why discovery cannot tell who is there now, empty if it can."""
+        return self._discovery.problem
 
     def _any_pair(self) -> bool:
         """Return whether some decode worker has links to all stages of some ready group."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 DEMO_MODEL = _HERE / "demo"
 _POLL_SECONDS = 0.1
-_RUNNABLE_SCHEMES = ("file", "hf")
+_RUNNABLE_SCHEMES = ("file", "hf", "s3")
 
 
 # --- manifests --------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def check_runs_here(service: InferenceService) -> None:
     problems = unavailable(service)
     uri = service.spec.model.uri
     if service.spec.model.scheme not in _RUNNABLE_SCHEMES:
-        reason = f"{uri} can be read in a cluster only; on one machine use file:// or hf://"
+        reason = f"{uri} can be read in a cluster only; on one machine use file://, hf:// or s3://"
         problems.append(Problem("spec.model.uri", reason))
     elif service.spec.model.scheme == "file":
         problems += _directory_problems(service, Path(unquote(urlsplit(uri).path)))

@@ -14,6 +14,7 @@ import yaml
 
 from penstock_operator import manifests
 from penstock_operator.checks import unavailable
+from penstock_operator.crds import DEFINITIONS, crd_text
 from penstock_operator.errors import ManifestError, NotRunning, ServiceFailed, StateError
 from penstock_operator.local import client, tables
 from penstock_operator.local.desired import api_key_file, read_desired
@@ -188,6 +189,13 @@ def render(args: Namespace) -> int:
     keys = {PUBLIC_FILE: pair.public.decode(), SECRET_FILE: pair.secret.decode()} if pair else None
     objects = manifests.render(service, manifests.Inputs(keys=keys))
     print(dump_objects(objects), end="")
+    return 0
+
+
+def crds(args: Namespace) -> int:
+    """Print the CustomResourceDefinitions."""
+    plurals = [args.plural] if args.plural else list(DEFINITIONS)
+    print("---\n".join(map(crd_text, plurals)), end="")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from penstock_operator import labels, manifests
+from penstock_operator import labels, manifests, podspec
 from penstock_operator.errors import ManifestError, Problem, StateError
 from penstock_operator.loader import dump_manifest, parse_manifest
 from penstock_operator.observed import Target
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from penstock_operator.api import InferenceService
+    from penstock_operator.api import InferenceService, RoleSpec
     from penstock_operator.labels import Role
     from penstock_operator.local.state import StateDir
 
@@ -30,8 +30,8 @@ class Desired:
 
     @property
     def service(self) -> InferenceService:
-        """The manifest with the scaling put in."""
-        service = self.manifest
+        """The manifest with the scaling put in; nothing sleeps on one machine."""
+        service = _awake(self.manifest)
         for role, replicas in self.scaled.items():
             service = service.scaled(role, replicas)
         return service
@@ -55,6 +55,17 @@ class Desired:
             if bounds and bounds.min_replicas <= replicas <= bounds.max_replicas:
                 kept[role] = replicas
         return Desired(manifest=manifest, scaled=kept, generation=self.generation + 1)
+
+
+def _awake(service: InferenceService) -> InferenceService:
+    """Return the service without scaling to zero: here is nothing that would wake a role."""
+    update: dict[str, RoleSpec] = {}
+    for role in podspec.waking_roles(service):
+        part = service.spec.role(role)
+        if part is not None and part.autoscaling is not None:
+            bounds = part.autoscaling.model_copy(update={"min_replicas": 1})
+            update[role] = part.model_copy(update={"autoscaling": bounds})
+    return service.model_copy(update={"spec": service.spec.model_copy(update=update)})
 
 
 def read_desired(state: StateDir) -> Desired:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from penstock_operator.observed import RouterAnswer
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -29,6 +31,8 @@ class Health:
     """Of a worker's /state, while it is ready."""
     message: str = ""
     """Why the last readiness probe did not succeed."""
+    answer: RouterAnswer | None = None
+    """What a router's own end-to-end check said."""
 
 
 class Prober:
@@ -99,7 +103,8 @@ class Prober:
             # One lost answer of a ready pod is not news, but an answer that says no is.
             if ready or body or failures >= probe.failures:
                 details = await self._details() if ready else {}
-                self._note(ready=ready, body=body, details=details, message=message)
+                answer = await self._answer()
+                self._note(Health(True, ready, body, details, message, answer))
             settled = self.health.ready
             await asyncio.sleep(probe.period if settled else min(probe.period, self._fastest))
 
@@ -111,13 +116,19 @@ class Prober:
         )
         return body
 
-    def _note(
-        self, *, ready: bool, body: dict[str, Any], details: dict[str, Any], message: str
-    ) -> None:
-        before = (self.health.ready, self.health.body, self.health.details, self.health.message)
-        self.health.ready, self.health.body = ready, body
-        self.health.details, self.health.message = details, message
-        if before != (ready, body, details, message):
+    async def _answer(self) -> RouterAnswer | None:
+        """Ask a router whether a request would succeed."""
+        probe = self._launch.end_to_end
+        if probe is None:
+            return None
+        ready, body, message = await self._ask(probe)
+        if ready:
+            return RouterAnswer(True, "its end-to-end check passed")
+        return RouterAnswer(False, _why_not(body) or message)
+
+    def _note(self, health: Health) -> None:
+        if health != self.health:
+            self.health = health
             self._on_change()
 
     async def _ask(self, probe: Probe) -> tuple[bool, dict[str, Any], str]:
@@ -134,6 +145,15 @@ class Prober:
         if response.is_success:
             return True, body, ""
         return False, body, f"{url} answers {response.status_code}"
+
+
+def _why_not(body: dict[str, Any]) -> str:
+    """Return the reasons in a router's answer, in whichever of the usual fields they are."""
+    reasons = body.get("reasons")
+    if isinstance(reasons, list) and reasons:
+        return "; ".join(map(str, reasons))
+    found = body.get("reason") or body.get("message")
+    return found if isinstance(found, str) else ""
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

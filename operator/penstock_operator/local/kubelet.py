@@ -8,7 +8,7 @@ machine is appended to the arguments, where the last of equal flags wins.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from penstock_operator import labels
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from penstock_operator.labels import Role
 
 Object: TypeAlias = dict[str, Any]
+END_TO_END_PATH = "/ready"
 _LABEL_PATH = re.compile(r"metadata\.labels\['(?P<key>[^']+)'\]")
 _REFERENCE = re.compile(r"\$(?:\$|\((?P<name>[A-Za-z_][A-Za-z0-9_.-]*)\))")
 
@@ -83,7 +84,10 @@ class Launch:
     """File descriptors that the process keeps."""
     startup: Probe
     readiness: Probe
+    """Of the pod: whether clients are sent to it."""
     liveness: Probe
+    end_to_end: Probe | None
+    """A router's: whether a request through it would succeed."""
     grace: float
     """Seconds between SIGTERM and SIGKILL in a rollout."""
 
@@ -115,6 +119,7 @@ def launch(template: Object, identity: Identity, around: Surroundings) -> Launch
         startup=_probe(container["startupProbe"], http),
         readiness=_probe(container["readinessProbe"], http),
         liveness=_probe(container["livenessProbe"], http),
+        end_to_end=_end_to_end(container["readinessProbe"], http) if router else None,
         grace=float(spec["terminationGracePeriodSeconds"]),
     )
 
@@ -220,6 +225,11 @@ def _localize(arg: str, mounts: Mapping[str, Path]) -> str:
 
 def _below(text: str, path: str) -> bool:
     return text == path or text.startswith(path + "/")
+
+
+def _end_to_end(readiness: Object, http: str) -> Probe:
+    """The pod's own readiness lasts while a request would be held; this one is asked beside it."""
+    return replace(_probe(readiness, http), url=f"http://{http}{END_TO_END_PATH}")
 
 
 def _probe(probe: Object, http: str) -> Probe:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from penstock_operator.local.health import Prober
 from penstock_operator.local.logs import LogFile
 from penstock_operator.local.processes import Process, exit_reason
-from penstock_operator.observed import Pod, RouterAnswer
+from penstock_operator.observed import Pod
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from penstock_operator.local.kubelet import Launch
     from penstock_operator.local.logs import Terminal
     from penstock_operator.local.settings import LocalSettings
-    from penstock_operator.observed import Fault, PodState
+    from penstock_operator.observed import Fault, PodState, RouterAnswer
 
-_DOWNLOADING = ("fetching hf://", "downloading")
+_DOWNLOADING = ("fetching hf://", "fetching s3://", "fetching the model", "downloading")
 """How the messages of a worker begin that brings its model over the network."""
 
 
@@ -125,12 +125,7 @@ class LocalPod:
 
     def router_answer(self) -> RouterAnswer | None:
         """Return what a router's end-to-end check said last, None if it has not answered."""
-        health = self._prober.health if self._prober else None
-        if health is None or not health.started:
-            return None
-        if self.ready:
-            return RouterAnswer(True, "its end-to-end check passed")
-        return RouterAnswer(False, _why_not(health.body) or health.message or "not ready yet")
+        return self._prober.health.answer if self._prober else None
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -231,11 +226,3 @@ def _text(value: Any) -> str:
 
 def _fraction(value: Any) -> float:
     return min(1.0, max(0.0, float(value))) if isinstance(value, int | float) else 0.0
-
-
-def _why_not(body: dict[str, Any]) -> str:
-    """Return the reasons in a router's answer, in whichever of the usual fields they are."""
-    reasons = body.get("reasons")
-    if isinstance(reasons, list) and reasons:
-        return "; ".join(map(str, reasons))
-    return _text(body.get("reason")) or _text(body.get("message"))

@@ -251,7 +251,8 @@ class Supervisor:
             directory.mkdir(mode=0o700, exist_ok=True)
             given = self._settings.secrets.get(name)
             if given is not None:
-                write_private(directory / entry, _read_secret(name, given))
+                for file, text in _read_secret(name, given, entry).items():
+                    write_private(directory / file, text)
             elif entry == labels.API_KEY_ENTRY:
                 if not (directory / entry).exists():
                     write_private(directory / entry, secrets.token_urlsafe(24) + "\n")
@@ -259,7 +260,8 @@ class Supervisor:
             else:
                 raise StateError(
                     f"there is no secret {name} (spec.model.tokenSecret) on this machine",
-                    remedy=f"give a file with the token: --secret {name}=FILE",
+                    remedy=f"give a file with the token, or a directory of all entries: "
+                    f"--secret {name}=PATH",
                 )
             found[name] = directory
         return found
@@ -344,11 +346,17 @@ def local_url(host: str, port: int) -> str:
     )
 
 
-def _read_secret(name: str, file: Path) -> str:
+def _read_secret(name: str, path: Path, entry: str) -> dict[str, str]:
+    """Return a secret's entries: the files of a directory, or one file as `entry`."""
     try:
-        return file.read_text(encoding="utf-8")
+        files = (
+            {file.name: file for file in path.iterdir() if file.is_file()}
+            if path.is_dir()
+            else {entry: path}
+        )
+        return {key: file.read_text(encoding="utf-8") for key, file in files.items()}
     except (OSError, UnicodeDecodeError) as error:
         raise StateError(
-            f"the file {file} for the secret {name} cannot be read: {error}",
-            remedy=f"give a readable text file: --secret {name}=FILE",
+            f"{path} for the secret {name} cannot be read: {error}",
+            remedy=f"give a readable text file, or a directory of them: --secret {name}=PATH",
         ) from error

@@ -42,9 +42,9 @@ def get_row(
         model,
         ready.status,
         ready.reason,
-        status.prefill.column if status.prefill else "-",
-        status.decode.column,
-        status.router.column,
+        status.prefill.summary if status.prefill else "-",
+        status.decode.summary,
+        status.router.summary,
         status.url,
         age,
     )

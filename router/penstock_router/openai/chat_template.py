@@ -15,7 +15,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from penstock_router.errors import ConfigurationError, InvalidRequest
+from penstock_router.errors import InvalidRequest, ModelUnusable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class ChatTemplate:
         special: the special tokens' texts that the template may use, such as bos_token.
 
     Raises:
-        ConfigurationError: the template has a syntax error.
+        ModelUnusable: the template has a syntax error.
     """
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
@@ -40,7 +40,7 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except TemplateSyntaxError as error:
-            raise ConfigurationError(
+            raise ModelUnusable(
                 f"the chat template has a syntax error in line {error.lineno}: {error.message}"
             ) from error
 
@@ -71,7 +71,7 @@ class ChatTemplate:
 def load_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
     """Return a checkpoint's template: chat_template.jinja, else that of tokenizer_config.json.
 
-    None if it has none. Raises ConfigurationError if it has one that cannot be used.
+    None if it has none. Raises ModelUnusable if it has one that cannot be used.
     """
     path = directory / "chat_template.jinja"
     source: object = tokenizer_config.get("chat_template")
@@ -83,7 +83,7 @@ def load_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> 
     if source is None:
         return None
     if not isinstance(source, str):
-        raise ConfigurationError(f"the chat_template of {directory} is not text")
+        raise ModelUnusable(f"the chat_template of {directory} is not text")
     special = {
         name: text
         for name, value in tokenizer_config.items()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from penstock_router.errors import ConfigurationError
+from penstock_router.errors import ModelUnusable
 from penstock_router.openai.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
@@ -40,17 +40,17 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> TextTokenizer:
-        """Read `directory`/tokenizer.json. Raises ConfigurationError naming file and remedy."""
+        """Read `directory`/tokenizer.json. Raises ModelUnusable naming file and remedy."""
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise ConfigurationError(
+            raise ModelUnusable(
                 f"{path} is not there; save the checkpoint with a fast tokenizer "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(directory))"
             )
         try:
             return cls(Tokenizer.from_file(str(path)))
         except Exception as error:
-            raise ConfigurationError(f"{path} is not a tokenizer: {error}") from error
+            raise ModelUnusable(f"{path} is not a tokenizer: {error}") from error
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of `text`; special tokens spelled out in it are recognized."""

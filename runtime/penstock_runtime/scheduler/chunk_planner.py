@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from penstock_runtime.scheduler.cost_model import Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from penstock_runtime.scheduler.cost_model import Cost
 
@@ -216,6 +216,29 @@ def split_layers(
 
     slowest = _slowest_stage(num_layers, stages, load)
     return _most_even(num_layers, stages, load, slowest * (1 + 1e-9))
+
+
+def split_measured(
+    counts: Sequence[int], seconds: Sequence[float], embed_cost: float = 0.0
+) -> list[tuple[int, int]]:
+    """Divide layers anew by what stages measured that hold `counts` of them.
+
+    The layers of one stage are taken to cost the same; what differs from stage to stage is taken
+    to be the layers', so stages should run on machines of one kind.
+
+    Args:
+        counts: layers of each stage, at least one.
+        seconds: of each stage for one and the same chunk, without what a step costs besides layers.
+        embed_cost: the part of the first stage's seconds that is the embedding.
+
+    Raises:
+        ValueError: if there is no time for each stage, or embedding takes longer than stage 0.
+    """
+    if len(counts) != len(seconds) or min(counts, default=0) < 1:
+        raise ValueError(f"{len(seconds)} times do not describe stages of {list(counts)} layers")
+    layers = [seconds[0] - embed_cost, *seconds[1:]]
+    costs = [time / count for count, time in zip(counts, layers, strict=True) for _ in range(count)]
+    return split_layers(sum(counts), len(counts), costs, embed_cost)
 
 
 def _slowest_stage(num_layers: int, stages: int, load: Callable[[int, int], float]) -> float:

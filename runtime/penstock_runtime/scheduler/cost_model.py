@@ -139,6 +139,8 @@ class CostModel:
             for value, default in zip(start.vector(), DEFAULT_COST.vector(), strict=True)
         ]
         self._solution = [v / u for v, u in zip(start.vector(), self._unit, strict=True)]
+        self._cost: Cost | None = None
+        """Of `_solution`, if it has been asked for."""
         self._information = _diagonal(self.PRIOR)
         self._spread = 1.0
         self._bias = 0.0
@@ -149,7 +151,9 @@ class CostModel:
     @property
     def cost(self) -> Cost:
         """The coefficients as of now."""
-        return Cost(*(u * s for u, s in zip(self._unit, self._solution, strict=True)))
+        if self._cost is None:
+            self._cost = Cost(*(u * s for u, s in zip(self._unit, self._solution, strict=True)))
+        return self._cost
 
     def export(self) -> CostCoefficients:
         """Return the coefficients and their relative error for the wire."""
@@ -171,6 +175,7 @@ class CostModel:
         self._note_error(predicted, seconds)
         ratio = self._without_outlier(seconds / predicted)
         self._update([p / predicted for p in parts], ratio)
+        self._cost = None
         self.samples += 1
 
     def _take_size(self, parts: list[float], seconds: float) -> list[float]:
@@ -205,14 +210,21 @@ class CostModel:
         along = [_dot(line, row) for line in information]
         # What is taken away along the row, as a share of what is known there.
         share = (1 - self._forgetting) / _dot(along, row)
-        for i in range(4):
-            for j in range(4):
-                information[i][j] -= share * along[i] * along[j]
-        vector = [_dot(information[i], solution) + row[i] * value for i in range(4)]
-        for i in range(4):
-            for j in range(4):
-                information[i][j] += row[i] * row[j]
-        self._solution = solve_nonnegative(information, vector)
+        kept = [
+            [known - share * taken * other for known, other in zip(line, along, strict=True)]
+            for line, taken in zip(information, along, strict=True)
+        ]
+        vector = [
+            _dot(line, solution) + given * value for line, given in zip(kept, row, strict=True)
+        ]
+        self._information = [
+            [known + given * other for known, other in zip(line, row, strict=True)]
+            for line, given in zip(kept, row, strict=True)
+        ]
+        # Stage 0 does this for every stage in every step, and mostly no coefficient is at zero.
+        self._solution = _solve_positive(self._information, vector) or solve_nonnegative(
+            self._information, vector
+        )
 
     def _forget(self) -> None:
         known = sum(self._information[i][i] for i in range(4))
@@ -229,9 +241,45 @@ def _features(chunks: Iterable[Chunk]) -> Vector:
     return (1.0, float(cached), float(tokens), float(pairs))
 
 
+def _solve_positive(
+    matrix: Sequence[Sequence[float]], vector: Sequence[float]
+) -> list[float] | None:
+    """Solve a system of four unknowns, or return None unless all of them come out positive.
+
+    Such a solution is the one that `solve_nonnegative` would find. By elimination, without loops;
+    None as well if a pivot is so small that it needs the other's care.
+    """
+    (a, e, f, g), (_, b, h, i), (_, _, c, j), (_, _, _, d) = matrix
+    p, q, r, s = vector
+    least = 1e-10
+    pivots = (least * a, least * b, least * c, least * d)
+    x, y, z = e / a, f / a, g / a
+    b, h, i, q = b - x * e, h - x * f, i - x * g, q - x * p
+    c, j, r = c - y * f, j - y * g, r - y * p
+    d, s = d - z * g, s - z * p
+    if b <= pivots[1]:
+        return None
+    y, z = h / b, i / b
+    c, j, r = c - y * h, j - y * i, r - y * q
+    d, s = d - z * i, s - z * q
+    if c <= pivots[2]:
+        return None
+    z = j / c
+    d, s = d - z * j, s - z * r
+    if d <= pivots[3]:
+        return None
+    w = s / d
+    v = (r - j * w) / c
+    u = (q - h * v - i * w) / b
+    t = (p - e * u - f * v - g * w) / a
+    return [t, u, v, w] if min(t, u, v, w) > 0 else None
+
+
 def _diagonal(value: float) -> list[list[float]]:
     return [[value if i == j else 0.0 for j in range(4)] for i in range(4)]
 
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(left, right, strict=True))
+    p, q, r, s = left
+    t, u, v, w = right
+    return p * t + q * u + r * v + s * w

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from penstock_runtime.scheduler.cost_model import Cost
     from penstock_runtime.scheduler.pages import Pages
     from penstock_wire.messages import ChunkItem, CostCoefficients, StepDone
 
@@ -166,6 +167,10 @@ class PrefillScheduler:
         self._ending: dict[int, _Active] = {}
         self._underway = BlocksUnderway()
         self._steps: dict[int, _Step] = {}
+        self._given = 0
+        """Of these, those that stage 0 has not done."""
+        self._queued: tuple[int, int] | None = None
+        """Sums over what waits, see `_queued_work`; None after a change of it."""
         self._epoch = 0
         self._next_step = 0
         self._next_key = 0
@@ -190,6 +195,7 @@ class PrefillScheduler:
             )
         hashes = block_hashes(request.root, pack_tokens(request.tokens), self._page_size)
         self._waiting.append(_Waiting(request, hashes, now))
+        self._queued = None
 
     def revoke(self, receiver: str, grant: int) -> bool:
         """End a request that its receiver does not want any more; tell whether it was here."""
@@ -243,14 +249,14 @@ class PrefillScheduler:
         )
         if items:
             self._steps[plan.step] = _Step(items, set(range(self._stages)))
+            self._given += 1
         self._next_step += 1
         return plan
 
     def _has_room(self) -> bool:
         """Tell whether neither stage 0 nor the pipeline as a whole has steps enough."""
         depth = self._settings.depth
-        given = sum(1 for step in self._steps.values() if 0 in step.stages)
-        return given < depth and len(self._steps) < depth * self._stages
+        return self._given < depth and len(self._steps) < depth * self._stages
 
     def _admit(self, now: float) -> Iterator[Admit]:
         for waiting in list(self._waiting):
@@ -262,6 +268,7 @@ class PrefillScheduler:
             admit = self._try_admit(waiting, matched)
             if admit is not None:
                 self._waiting.remove(waiting)
+                self._queued = None
                 yield admit
             elif now - waiting.arrived >= self._settings.bypass_seconds:
                 return
@@ -316,18 +323,31 @@ class PrefillScheduler:
         ]
         if not prompts:
             return ()
-        queued = sum(cost.work(w.request.cached, len(w.request.tokens)) for w in self._waiting)
         items = share(
             cost,
             prompts,
             self._page_size,
-            best_seconds(self._planner, cost, prompts, queued),
+            best_seconds(self._planner, cost, prompts, self._queued_work(cost)),
             self._planner.step_tokens,
             self._settings.oldest_share,
         )
         for item in items:
             self._active[item.key].planned += item.length
         return tuple(items)
+
+    def _queued_work(self, cost: Cost) -> float:
+        """Return the seconds of work that waits: `cost.work` of it all, from two sums.
+
+        Thousands may wait, and every step asks.
+        """
+        if self._queued is None:
+            ranges = [(w.request.cached, len(w.request.tokens)) for w in self._waiting]
+            self._queued = (
+                sum(end - start for start, end in ranges),
+                sum(end * end - start * start for start, end in ranges),
+            )
+        tokens, pairs = self._queued
+        return cost.b * tokens + cost.a * pairs
 
     def _plan_releases(self) -> tuple[int, ...]:
         keys = [a.key for a in self._ending.values() if not a.release_planned]
@@ -350,6 +370,7 @@ class PrefillScheduler:
         if done.epoch != self._epoch or step is None or done.stage not in step.stages:
             return
         step.stages.remove(done.stage)
+        self._given -= done.stage == 0
         chunks = [Chunk(item.start, item.length) for item in step.items]
         self._costs[done.stage].observe(chunks, done.compute_seconds)
         if step.stages:
@@ -409,6 +430,7 @@ class PrefillScheduler:
         self._active.clear()
         self._ending.clear()
         self._steps.clear()
+        self._given = 0
         self._underway = BlocksUnderway()
         self._epoch = epoch
         if pool is not None:
@@ -420,6 +442,7 @@ class PrefillScheduler:
             raise ValueError(f"a pool of pages of {pool.page_size} replaces {self._page_size}")
         self._pool = pool
         waiting, self._waiting = self._waiting, []
+        self._queued = None
         failed: list[GrantFailed] = []
         for item in waiting:
             request = item.request
@@ -437,6 +460,7 @@ class PrefillScheduler:
     def _drop(self, unwanted: Callable[[PrefillRequest], bool]) -> list[int]:
         grants = [w.request.grant for w in self._waiting if unwanted(w.request)]
         self._waiting = [w for w in self._waiting if not unwanted(w.request)]
+        self._queued = None
         for active in [*self._active.values(), *self._ending.values()]:
             if active.valid and unwanted(active.request):
                 grants.append(active.request.grant)
@@ -465,12 +489,13 @@ class PrefillScheduler:
         """Return what waits and runs."""
         cost = self._costs[self._slowest()].cost
         chunks = [(a.planned, a.end) for a in self._active.values()]
-        chunks += [(w.request.cached, len(w.request.tokens)) for w in self._waiting]
+        queued_seconds = self._queued_work(cost)
+        assert self._queued is not None
         return PrefillLoad(
             running=len(self._active),
             waiting=len(self._waiting),
-            queued_tokens=sum(end - start for start, end in chunks),
-            queued_seconds=sum(cost.work(start, end) for start, end in chunks),
+            queued_tokens=self._queued[0] + sum(end - start for start, end in chunks),
+            queued_seconds=queued_seconds + sum(cost.work(start, end) for start, end in chunks),
         )
 
     def cost(self) -> CostCoefficients:

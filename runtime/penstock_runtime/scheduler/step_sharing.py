@@ -36,8 +36,8 @@ def best_seconds(
     """Return the seconds, besides c, that a pipeline's next step should take.
 
     The best time follows from all the work of the requests that are here, with what is done of it:
-    steps do not shrink as the work does. What is left is then divided evenly over as many steps as
-    that makes.
+    steps do not shrink as the work does. As many steps as that makes of what is left are then made
+    equal.
 
     Args:
         planner: of the pipeline.
@@ -49,10 +49,60 @@ def best_seconds(
         return math.inf
     whole = queued_work + sum(cost.work(p.start, p.end) for p in prompts)
     left = queued_work + sum(cost.work(p.planned, p.end) for p in prompts)
+    if left <= 0:
+        # Tokens cost nothing, as far as is known: steps then do.
+        return math.inf
     context = sum((p.start + p.end) / 2 for p in prompts) / len(prompts)
-    steps = max(1, round(left / planner.chunk_work(cost, whole, context)))
-    # Reading the prefix takes time as well, but is not work that the number of steps divides.
-    return left / steps + cost.gamma * context
+    work = planner.chunk_work(cost, whole, context)
+    furthest = cost.gamma * max(p.end for p in prompts)
+    if furthest <= _NEGLIGIBLE * work:
+        # All of it is added, or the last step would leave a few tokens to another one.
+        return left / max(1, round(left / work)) + furthest
+    # Of a step's time, reading the prefix leaves less and less for work: equal steps have less and
+    # less work. Half of the best work is left to the last of them at least.
+    wanted = max(work + cost.gamma * context, work / 2 + furthest)
+    steps = max(1, round(_steps_of(cost, prompts, queued_work, context, wanted)))
+    low = left / steps
+    high = low + furthest
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if _steps_of(cost, prompts, queued_work, context, middle) > steps:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+_NEGLIGIBLE = 0.01
+"""Share of a step's work below which reading the longest prefix does not make steps unequal."""
+_HALVINGS = 10
+"""Of an interval no longer than that reading takes: to a thousandth of it."""
+
+
+def _steps_of(
+    cost: Cost, prompts: Sequence[Prompt], queued_work: float, context: float, seconds: float
+) -> float:
+    """Return how many steps of `seconds`, besides c, compute what is left; infinite if none can.
+
+    At position L a step has seconds - gamma L for work, and a token takes b + 2 a L of it: so it is
+    the integral of (b + 2 a L) / (seconds - gamma L) over all positions that are left, by Gauss and
+    Legendre: its closed form cancels for a gamma that is almost nothing. What is queued reads as
+    much as the prompts that are here do in the mean.
+    """
+    if seconds <= cost.gamma * max(context, *(p.end for p in prompts)):
+        return math.inf
+    b, a, gamma = cost.b, 2 * cost.a, cost.gamma
+    steps = queued_work / (seconds - gamma * context)
+    for p in prompts:
+        length = p.end - p.planned
+        for share_of_length, weight in _GAUSS_LEGENDRE:
+            position = p.planned + share_of_length * length
+            steps += weight * length * (b + a * position) / (seconds - gamma * position)
+    return steps
+
+
+_GAUSS_LEGENDRE = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15), 5 / 18))
+"""Nodes and weights of three points on [0, 1]."""
 
 
 def share(

@@ -17,11 +17,13 @@ from prometheus_client import CollectorRegistry
 
 from penstock_runtime.engine.compute import Compute
 from penstock_runtime.errors import ConfigurationError
+from penstock_runtime.transfer import rdma
 from penstock_runtime.transfer.nixl import NixlTransfer
 from penstock_runtime.transfer.nixl_settings import NixlSettings
 from penstock_runtime.worker.build import Builder
 from penstock_runtime.worker.http import Health, create_app, serving
 from penstock_runtime.worker.metrics import WorkerCollector
+from penstock_runtime.worker.prefill import PrefillWorker
 from penstock_runtime.worker.settings import WorkerSettings, parse
 from penstock_wire.keys import InvalidKeys
 from penstock_wire.model_source import ModelSourceError
@@ -29,8 +31,8 @@ from penstock_wire.model_source import ModelSourceError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from penstock_runtime.engine.timeline import Trace
     from penstock_runtime.worker.decode import DecodeWorker
-    from penstock_runtime.worker.prefill import PrefillWorker
 
 log = logging.getLogger("penstock.worker")
 
@@ -45,8 +47,15 @@ class Process:
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
         self._compute = Compute(settings.threads)
-        self._data_path = NixlSettings(devices=settings.net_device)
-        self._transfer = NixlTransfer(self._data_path)
+        self._transport = _transport(settings)
+        self._transfer = NixlTransfer(
+            NixlSettings(
+                transports=rdma.ucx_transports(
+                    rdma=self._transport == rdma.RDMA, device=settings.device
+                ),
+                devices=settings.net_device,
+            )
+        )
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT; return the exit status."""
@@ -56,7 +65,8 @@ class Process:
             loop.add_signal_handler(number, self._stop.set)
         registry = CollectorRegistry()
         registry.register(WorkerCollector(self._settings, self._describe))
-        async with serving(create_app(self._health, registry, self._describe), self._settings.http):
+        app = create_app(self._health, registry, self._describe, self._timeline)
+        async with serving(app, self._settings.http):
             try:
                 await self._serve()
             finally:
@@ -87,9 +97,14 @@ class Process:
             "name": self._settings.name,
             "state": self._health.state,
             "busy_seconds": self._compute.busy_seconds,
-            "transport": self._data_path.transports,
+            "transport": self._transport,
         }
         return described | (dict(self._worker.describe()) if self._worker is not None else {})
+
+    def _timeline(self) -> Trace | None:
+        return (
+            self._worker.stage.timeline.trace() if isinstance(self._worker, PrefillWorker) else None
+        )
 
     def _on_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         # A part that failed would leave a worker that looks alive: end it, it is started anew.
@@ -103,6 +118,16 @@ class Process:
         self._worker = await builder.build()
         await self._worker.start()
         return self._worker
+
+
+def _transport(settings: WorkerSettings) -> str:
+    """Return what KV and activations will travel over, and log why it is not what was asked."""
+    if not settings.rdma:
+        return rdma.TCP
+    reason = rdma.missing()
+    if reason:
+        log.warning("RDMA is asked for and cannot be used, KV travels over TCP: %s", reason)
+    return rdma.TCP if reason else rdma.RDMA
 
 
 def main() -> None:

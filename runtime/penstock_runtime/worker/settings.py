@@ -42,6 +42,7 @@ class WorkerSettings:
     model_token_file: Path | None
     hub_endpoint: str | None
     net_device: str
+    rdma: bool
     group: str
     stage: int
     stages: int
@@ -110,6 +111,13 @@ def parser() -> argparse.ArgumentParser:
         "--net-device",
         default="",
         help="network device for KV and activations, for example eth0 (default: all)",
+    )
+    a(
+        "--rdma",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="move KV and activations by RDMA where a device is there; without one, over TCP, and "
+        "say so (default: no)",
     )
     a("--group", default="", help="prefill group")
     a("--stage", type=int, default=0, help="this stage, from 0")

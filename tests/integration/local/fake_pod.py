@@ -83,6 +83,7 @@ class _Server(ThreadingHTTPServer):
         self.args = args
         self.kind = kind
         self.draining = False
+        self.was_ready = False
         self.began = time.monotonic()
 
     def sharing(self, descriptor: int) -> _Server:
@@ -115,6 +116,7 @@ class _Server(ThreadingHTTPServer):
             if not any(_is_ready(w["http"]) for w in workers if w["role"] == role)
         ]
         reasons = [f"no {role} worker is ready" for role in missing]
+        self.was_ready = self.was_ready or not missing
         return not missing, {"ready": not missing, "reasons": reasons}
 
 
@@ -127,6 +129,10 @@ class _Handler(BaseHTTPRequestHandler):
             ok, body = self.server.worker_ready()
         elif self.path == "/ready":
             ok, body = self.server.router_ready()
+        elif self.path == "/accepting":
+            self.server.router_ready()
+            ok = self.server.was_ready and not self.server.draining
+            body = {"accepting": ok}
         elif self.path == "/argv":
             body = {"argv": sys.argv[1:]}
         data = json.dumps(body).encode()

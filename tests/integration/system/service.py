@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from penstock_router import settings as router_settings
-from penstock_router.discovery import open_discovery
+from penstock_router.discovery import FileDiscovery
 from penstock_router.links import control_links
 from penstock_router.main import Router
 from penstock_router.served_model import load_served_model
@@ -212,7 +212,7 @@ async def _router(
     router = Router(
         settings,
         load_served_model(model, name="tiny", created=0),
-        open_discovery(settings.discovery, interval=0.05),
+        FileDiscovery(folder / "endpoints.json", interval=0.05),
         control_links(hello, keys, settings=LinkSettings(), resolver=Resolver()),
         hello=hello,
         keys=None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from penstock_operator.loader import load_manifest, parse_manifest
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[3]
 SAMPLES = sorted((ROOT / "crds" / "samples").glob("*.yaml"))
 GOLDEN = Path(__file__).parent / "golden"
+TABLE = yaml.safe_load((Path(__file__).parent / "table_of_manifests.yaml").read_text())
+"""Good and bad manifests, and the sentences by which they are refused."""
 
 
 def sample(name: str) -> InferenceService:

@@ -79,7 +79,9 @@ def test_the_router_has_its_own_address_and_inherits_the_apis_socket(
     assert found.inherits == (9,)
     assert last(found.argv, "--discovery") == f"file:{tmp_path / 'ends'}"
     assert last(found.argv, "--api-key-file") == str(tmp_path / "access" / "api-key")
-    assert found.readiness.url == "http://127.0.70.2:7001/ready"
+    assert found.readiness.url == "http://127.0.70.2:7001/accepting"
+    assert found.end_to_end is not None
+    assert found.end_to_end.url == "http://127.0.70.2:7001/ready"
     assert found.control == ""
 
 
@@ -87,6 +89,13 @@ def test_the_users_own_download_cache_is_used(tmp_path: Path) -> None:
     found = run(service(model={"uri": "hf://a/b"}), "decode", tmp_path)
     assert "HF_HOME" not in found.env
     assert found.env["POD_IP"] == "127.0.70.2"
+
+
+def test_the_keys_of_an_object_store_are_a_local_directory(tmp_path: Path) -> None:
+    model = {"uri": "s3://bucket/m", "tokenSecret": "access"}
+    found = run(service(model=model), "decode", tmp_path)
+    assert last(found.argv, "--model-token-file") == str(tmp_path / "access")
+    assert "XDG_CACHE_HOME" not in found.env
 
 
 def test_environment_from_a_patch_is_resolved(tmp_path: Path) -> None:

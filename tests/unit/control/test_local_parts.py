@@ -30,7 +30,9 @@ from penstock_operator.local.logs import LineSplitter, LogFile, Terminal
 from penstock_operator.local.network import LoopbackNetwork, listen_for_api
 from penstock_operator.local.processes import Process, exit_reason, kill_leftover, start_time
 from penstock_operator.local.state import StateDir, services
+from penstock_operator.local.supervisor import _read_secret
 from penstock_operator.local.tables import age_text, example_request, table
+from penstock_operator.manifests import Inputs, deployment
 from tests.unit.control.samples import ROOT, service
 
 if TYPE_CHECKING:
@@ -103,6 +105,30 @@ def test_scaling_what_is_not_there_or_to_nothing_is_refused() -> None:
     for role, replicas in (("prefill", 1), ("decode", 0)):
         with pytest.raises(ManifestError):
             wanted.scale(role, replicas)  # type: ignore[arg-type]
+
+
+def test_nothing_sleeps_on_one_machine() -> None:
+    asleep = {"autoscaling": {"minReplicas": 0, "maxReplicas": 4}}
+    wanted = Desired(manifest=service(prefill=asleep, decode=asleep), scaled={}, generation=1)
+    targets = local_targets(wanted.service)
+    assert (targets["prefill"].replicas, targets["decode"].replicas) == (1, 1)
+    router = deployment(wanted.service, "router", 1, Inputs())
+    (container,) = router["spec"]["template"]["spec"]["containers"]
+    assert "--wake" not in container["args"], "there is nobody to ask"
+
+
+def test_a_secret_is_a_file_or_a_directory_of_entries(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    (folder / "AWS_ACCESS_KEY_ID").write_text("id")
+    (folder / "AWS_SECRET_ACCESS_KEY").write_text("key")
+    assert _read_secret("store", folder, "token") == {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "key",
+    }
+    assert _read_secret("store", folder / "AWS_ACCESS_KEY_ID", "token") == {"token": "id"}
+    with pytest.raises(StateError, match="cannot be read"):
+        _read_secret("store", tmp_path / "absent", "token")
 
 
 def test_one_machine_has_one_router_and_its_successor_starts_first() -> None:

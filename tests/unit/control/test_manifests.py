@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -11,13 +11,24 @@ from hypothesis import strategies as st
 
 from penstock_operator import labels
 from penstock_operator.local.commands import dump_objects
-from penstock_operator.manifests import Inputs, Object, layout, render, revision, router_url
+from penstock_operator.manifests import (
+    Inputs,
+    Object,
+    layout,
+    render,
+    revision,
+    role_scalers,
+    router_url,
+)
 from tests.unit.control.samples import GOLDEN, sample, service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 KEYS = {"curve.public": "p" * 40, "curve.secret": "s" * 40}
 
 
-@pytest.mark.parametrize("name", ["disaggregated", "aggregated"])
+@pytest.mark.parametrize("name", ["disaggregated", "aggregated", "scale-to-zero", "s3"])
 def test_golden(name: str) -> None:
     """After a wanted change: penstock render -f crds/samples/NAME.yaml > …/golden/NAME.yaml."""
     assert dump_objects(render(sample(name), Inputs())) == (GOLDEN / f"{name}.yaml").read_text()
@@ -32,6 +43,7 @@ def kinds(objects: list[Object]) -> dict[str, list[str]]:
 
 def container(objects: list[Object], role: str) -> Object:
     pods = [o for o in objects if o["metadata"]["labels"].get(labels.ROLE) == role]
+    pods = [o for o in pods if o["kind"] in ("StatefulSet", "Deployment")]
     found: Object = pods[0]["spec"]["template"]["spec"]["containers"][0]
     return found
 
@@ -113,13 +125,117 @@ def test_the_pod_template_patch_merges_by_name_and_keeps_our_labels() -> None:
     assert "POD_NAME" in [entry["name"] for entry in worker["env"]]
 
 
+def test_a_patched_volume_takes_the_place_of_ours() -> None:
+    nfs = {"name": "model", "nfs": {"server": "store", "path": "/m"}}
+    patch = {"spec": {"volumes": [nfs, {"name": "more", "emptyDir": {}}]}}
+    (deployment, *_) = [
+        o
+        for o in render(service(decode={"podTemplate": patch}), Inputs())
+        if o["kind"] == "Deployment"
+    ]
+    volumes = {v["name"]: v for v in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["model"] == nfs
+    assert {"keys", "cache", "tmp", "more"} <= set(volumes)
+
+
+@pytest.mark.parametrize(
+    ("uri", "argument", "volume", "path"),
+    [
+        (
+            "file:///srv/my%20model",
+            "file:///srv/my%20model",
+            {"hostPath": {"path": "/srv/my model", "type": "Directory"}},
+            "/srv/my model",
+        ),
+        (
+            "pvc://disk/my model",
+            "file:///models/disk/my%20model",
+            {"persistentVolumeClaim": {"claimName": "disk", "readOnly": True}},
+            "/models/disk",
+        ),
+        (
+            "oci://registry/m:1",
+            "file:///models/image",
+            {"image": {"reference": "registry/m:1", "pullPolicy": "IfNotPresent"}},
+            "/models/image",
+        ),
+    ],
+)
+def test_a_model_that_is_mounted_is_read_only(
+    uri: str, argument: str, volume: Object, path: str
+) -> None:
+    objects = render(service(model={"uri": uri}), Inputs())
+    for role in ("decode", "router"):
+        assert flags(objects, role)["--model"] == argument
+        mounts = {m["name"]: m for m in container(objects, role)["volumeMounts"]}
+        assert mounts["model"] == {"name": "model", "mountPath": path, "readOnly": True}
+    (deployment, *_) = [o for o in objects if o["kind"] == "Deployment"]
+    volumes = deployment["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "model", **volume} in volumes
+
+
+def test_an_object_store_is_told_in_the_uri_and_its_keys_as_a_directory() -> None:
+    model = {
+        "uri": "s3://bucket/a/b",
+        "tokenSecret": "keys",
+        "s3": {"endpoint": "http://minio:9000/", "region": "eu"},
+    }
+    objects = render(service(model=model), Inputs())
+    said = flags(objects, "decode")
+    assert said["--model"] == "s3://bucket/a/b?region=eu&endpoint=http%3A%2F%2Fminio%3A9000"
+    assert said["--model-token-file"] == "/etc/penstock/model-token"
+    cache = {"name": "XDG_CACHE_HOME", "value": labels.CACHE_MOUNT}
+    assert cache in container(objects, "decode")["env"]
+    plain = render(service(model={"uri": "s3://bucket/a/b"}), Inputs())
+    assert flags(plain, "router")["--model"] == "s3://bucket/a/b?region=us-east-1"
+
+
 def test_rdma_asks_for_the_resource_and_the_right_to_pin_memory() -> None:
     resources = {"rdma": {"resource": "rdma/ib", "count": 2}, "gpu": 1, "cpu": "1500m"}
     objects = render(service(decode={"resources": resources}), Inputs())
     worker = container(objects, "decode")
     assert worker["resources"]["limits"] == {"cpu": "1500m", "nvidia.com/gpu": "1", "rdma/ib": "2"}
     assert worker["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
-    assert flags(objects, "decode")["--threads"] == "2"
+    said = flags(objects, "decode")
+    assert (said["--threads"], said["--device"]) == ("2", "cuda")
+    assert "--rdma" in worker["args"]
+    plain = container(render(service(), Inputs()), "decode")
+    assert "--rdma" not in plain["args"]
+
+
+def test_roles_that_the_manifest_does_not_number_have_a_scaler() -> None:
+    chosen = service(
+        prefill={"autoscaling": {"minReplicas": 2, "maxReplicas": 3}}, router={"replicas": 2}
+    )
+    created = role_scalers(chosen, Inputs(), new=True)
+    assert [(s["metadata"]["name"], s["spec"]) for s in created] == [
+        ("chat-prefill", {"service": "chat", "role": "prefill", "replicas": 2}),
+        ("chat-decode", {"service": "chat", "role": "decode", "replicas": 1}),
+    ]
+    assert all("replicas" not in s["spec"] for s in role_scalers(chosen, Inputs(), new=False))
+
+
+def test_the_router_wakes_roles_that_may_sleep_and_may_do_just_that() -> None:
+    asleep = {"autoscaling": {"minReplicas": 0, "maxReplicas": 3}}
+    objects = render(service(prefill=asleep, decode=asleep), Inputs())
+    args = container(objects, "router")["args"]
+    assert [args[i + 1] for i, arg in enumerate(args) if arg == "--wake"] == [
+        "prefill=chat-prefill",
+        "decode=chat-decode",
+    ]
+    (role,) = [o for o in objects if o["kind"] == "Role"]
+    assert role["rules"][1] == {
+        "apiGroups": ["penstock.dev"],
+        "resources": ["rolescalers/scale"],
+        "resourceNames": ["chat-prefill", "chat-decode"],
+        "verbs": ["get", "patch"],
+    }
+
+
+def test_clients_are_sent_to_a_router_that_accepts() -> None:
+    router = container(render(service(), Inputs()), "router")
+    assert router["readinessProbe"]["httpGet"]["path"] == "/accepting"
+    assert router["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 def test_the_router_may_read_pods_and_nothing_else() -> None:
@@ -138,6 +254,8 @@ def test_the_router_may_read_pods_and_nothing_else() -> None:
     [
         ({}, set()),
         ({"decode": {"replicas": 5}}, set()),
+        ({"decode": {"autoscaling": {"maxReplicas": 5}}}, set()),
+        ({"decode": {"autoscaling": {"minReplicas": 0, "maxReplicas": 5}}}, {"router"}),
         ({"prefill": {"replicas": 5}}, set()),
         ({"prefill": {"pipelineParallel": 2}}, {"prefill"}),
         ({"decode": {"extraArgs": ["--x"]}}, {"decode"}),
@@ -180,6 +298,20 @@ specs = st.fixed_dictionaries(
 )
 
 
+def _unstable(value: Any, path: str = "") -> Iterator[str]:
+    """Give the paths of what would be dropped, or is missing from a key by which applies merge."""
+    if isinstance(value, dict):
+        if "containerPort" in value and "protocol" not in value:
+            yield path
+        for key, inner in value.items():
+            if inner is None or inner == [] or (inner == {} and key != "emptyDir"):
+                yield f"{path}.{key}"
+            yield from _unstable(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _unstable(inner, f"{path}[{index}]")
+
+
 @settings(max_examples=15, deadline=None)
 @given(specs)
 def test_objects_fit_together(spec: dict[str, Any]) -> None:
@@ -188,6 +320,7 @@ def test_objects_fit_together(spec: dict[str, Any]) -> None:
     names = [(o["kind"], o["metadata"]["name"]) for o in objects]
     assert len(set(names)) == len(names)
     assert yaml.safe_load(yaml.safe_dump(objects)) == objects, "plain data only"
+    assert not list(_unstable(objects)), "the API server would give something else back"
     workloads = [o for o in objects if o["kind"] in ("StatefulSet", "Deployment")]
     selectors = [tuple(sorted(o["spec"]["selector"]["matchLabels"].items())) for o in workloads]
     assert len(set(selectors)) == len(selectors), "no two workloads select the same pods"

@@ -199,6 +199,17 @@ def test_prefill_taken_out_of_the_manifest_goes_after_the_router_that_asks_for_i
     ]
 
 
+def test_a_role_that_sleeps_goes_at_once_and_comes_back_in_the_newest_revision() -> None:
+    cluster = started(desired(2, 2, 1, rev="a"))
+    asleep = {role: replace(goal, replicas=0, asleep=True) for role, goal in desired().items()}
+    sleeping = {**desired(rev="b"), "prefill": asleep["prefill"], "decode": asleep["decode"]}
+    steps = cluster.run(sleeping)
+    assert {"delete prefill-0", "delete prefill-1", "delete decode-da"} <= set(steps[:4])
+    cluster.settle()
+    assert converged(sleeping, cluster.observed())
+    assert cluster.run(desired(rev="b")) == ["create prefill-0 x1", "create decode-db x1"]
+
+
 def test_a_converged_service_is_left_alone() -> None:
     target = desired(2, 2, 2)
     assert plan(target, started(target).observed()) == []
@@ -217,6 +228,16 @@ def targets(draw: st.DrawFn) -> dict[Role, Target]:
         layout=draw(st.sampled_from(["L", "M"])),
         router_surge=draw(st.sampled_from([0, 1])),
     )
+
+
+@st.composite
+def sleepy_targets(draw: st.DrawFn) -> dict[Role, Target]:
+    """Targets of which prefill, decode or both may sleep."""
+    target = draw(targets())
+    sleepy: list[Role] = ["prefill", "decode"]
+    for role in draw(st.sets(st.sampled_from(sleepy))):
+        target[role] = replace(target[role], replicas=0, asleep=True)
+    return target
 
 
 @st.composite
@@ -253,7 +274,7 @@ def any_state(draw: st.DrawFn) -> list[Workload]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(targets(), any_state())
+@given(sleepy_targets(), any_state())
 def test_converges_from_any_state(target: dict[Role, Target], state: list[Workload]) -> None:
     # A revision has one layout: leftovers of the target's revision have the target's.
     state = [

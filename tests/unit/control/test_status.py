@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock_operator.errors import Problem
-from penstock_operator.observed import Pod, RouterAnswer, Target, Workload
+from penstock_operator.observed import Fault, Pod, RouterAnswer, Target, Workload
 from penstock_operator.status import NEEDED, Observation, compute_status, transitions
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def test_all_is_well() -> None:
     assert verdict(found, "Progressing") == ("False", "Complete")
     assert verdict(found, "Degraded") == ("False", "AsExpected")
     assert found.prefill is not None
-    assert [r.column for r in (found.prefill, found.decode, found.router)] == ["1/1"] * 3
+    assert [r.summary for r in (found.prefill, found.decode, found.router)] == ["1/1"] * 3
     assert {c.observed_generation for c in found.conditions} == {3}
 
 
@@ -123,7 +123,95 @@ def test_an_incomplete_gang_names_its_missing_stages() -> None:
         )
     )
     assert verdict(found, "PrefillReady") == ("False", "GangIncomplete")
-    assert found.condition("PrefillReady").message == "chat-prefill-0 waits for stage 1"
+    message = found.condition("PrefillReady").message
+    assert message == "chat-prefill-0 waits for stage 1 (starting)"
+
+
+NO_GPU = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu"
+TAINTED = "0/2 nodes are available: 2 node(s) had untolerated taints"
+
+
+@pytest.mark.parametrize(
+    ("stages", "reason", "message"),
+    [
+        (  # beside a stage that only starts, one that cannot be placed is what is missing
+            [("starting", ""), ("pending", "Unschedulable")],
+            "GangIncomplete",
+            f"chat-prefill-0 waits for stage 1 (Unschedulable: {TAINTED})",
+        ),
+        (
+            [("starting", ""), ("pending", "InsufficientGPU")],
+            "InsufficientGPU",
+            f"chat-prefill-0 waits for stage 1 (InsufficientGPU: {NO_GPU})",
+        ),
+        (  # nothing of the group is there: the scheduler's reason is all there is to tell
+            [("pending", "Unschedulable"), ("pending", "Unschedulable")],
+            "Unschedulable",
+            f"chat-prefill-0: {TAINTED}",
+        ),
+        (
+            [("ready", ""), ("draining", "")],
+            "GangIncomplete",
+            "chat-prefill-0 waits for stage 1 (draining)",
+        ),
+        (
+            [("starting", "")],
+            "GangIncomplete",
+            "chat-prefill-0 waits for stage 1 (it has no pod)",
+        ),
+        (
+            [("ready", ""), ("waiting", "CrashLooping")],
+            "CrashLooping",
+            "chat-prefill-1: exit code 3: boom",
+        ),
+        ([("starting", ""), ("starting", "")], "Starting", "chat-prefill-0: starting"),
+        ([("starting", ""), ("pending", "")], "Starting", "chat-prefill-0: starting"),
+    ],
+)
+def test_a_gang_tells_which_stages_are_missing_and_why(
+    stages: list[tuple[str, str]], reason: str, message: str
+) -> None:
+    told = {
+        "InsufficientGPU": NO_GPU,
+        "Unschedulable": TAINTED,
+        "CrashLooping": "exit code 3: boom",
+    }
+    pods = [
+        pod("prefill", state, stage=number, fault=fault, message=told.get(fault, ""))
+        for number, (state, fault) in enumerate(stages)
+    ]
+    group = replace(work("prefill", 0, name="chat-prefill-0"), stages=2)
+    found = status(seen(workloads=(group,), pods=pods, router=None))
+    condition = found.condition("PrefillReady")
+    assert (condition.reason, condition.message) == (reason, message)
+
+
+def test_a_role_scaled_to_zero_is_ready_while_the_router_holds_requests() -> None:
+    asleep = replace(target(0), asleep=True)
+    sleeping = seen(
+        targets={"prefill": asleep, "decode": asleep, "router": target(1)},
+        workloads=(work("router", 1),),
+        pods=(pod("router"),),
+        router=RouterAnswer(False, "no decode worker is listed", holds=True),
+    )
+    found = status(sleeping)
+    assert verdict(found, "Ready") == ("True", "AllReady")
+    for kind in ("ModelReady", "PrefillReady", "DecodeReady", "RouterReady", "KVTransferReady"):
+        assert verdict(found, kind) == ("True", "ScaledToZero")
+    assert found.prefill is not None
+    broken = replace(sleeping, router=RouterAnswer(False, "draining"))
+    assert verdict(status(broken), "Ready") == ("False", "NotReady")
+
+
+def test_a_step_that_failed_and_pods_that_are_refused_are_told() -> None:
+    nothing: dict[str, Any] = {"workloads": (), "pods": (), "router": None}
+    failed = status(seen(**nothing, failure="PATCH deployments: quota"))
+    assert verdict(failed, "DecodeReady") == ("False", "StepFailed")
+    assert verdict(failed, "Degraded") == ("True", "StepFailed")
+    refused = replace(work("decode", 0, name="chat-decode-a"), message="exceeded quota: gpus")
+    found = status(seen(pods=(pod("router"),), workloads=(refused, work("router", 1))))
+    assert verdict(found, "DecodeReady") == ("False", "PodsRefused")
+    assert found.condition("Degraded").message == "chat-decode-a: exceeded quota: gpus"
 
 
 def test_a_fault_explains_not_ready_before_its_consequences() -> None:
@@ -160,7 +248,7 @@ def test_a_fault_beside_working_pods_degrades_without_ending_readiness() -> None
     assert verdict(found, "Ready") == ("True", "AllReady")
     assert verdict(found, "Degraded") == ("True", "CrashLooping")
     assert verdict(found, "Progressing") == ("True", "Starting")
-    assert found.decode.column == "1/2"
+    assert found.decode.summary == "1/2"
 
 
 @pytest.mark.parametrize(
@@ -223,6 +311,12 @@ def test_an_invalid_spec_is_not_ready_with_all_its_reasons() -> None:
     assert "spec.a: is wrong; spec.b: too" in found.condition("Ready").message
 
 
+def test_a_message_is_cut_before_the_api_refuses_it() -> None:
+    problems = [Problem(f"spec.a{number}", "is wrong") for number in range(10_000)]
+    found = status(seen(problems=problems))
+    assert len(found.condition("ConfigValid").message) < 3000
+
+
 def test_a_transition_time_moves_only_on_a_flip() -> None:
     first = status(seen(router=None), at=0)
     same = status(seen(router=None), first, at=10)
@@ -244,7 +338,7 @@ pods_of_any_kind = st.builds(
     stage=st.integers(0, 3),
     progress=st.floats(0, 1),
     message=st.text(max_size=5),
-    fault=st.sampled_from(["", "CrashLooping", "ModelDownloading", "InsufficientGPU"]),
+    fault=st.sampled_from(["", *get_args(Fault)]),
     groups_ready=st.sampled_from([None, frozenset(), frozenset({"chat-prefill-0"})]),
 )
 

@@ -273,6 +273,7 @@ class FakeCluster:
 
     def __init__(self, *workers: FakeWorker) -> None:
         self.workers = {worker.endpoint.address: worker for worker in workers}
+        self.problem = ""
         self._lists: asyncio.Queue[tuple[Endpoint, ...]] = asyncio.Queue()
         self.list(*workers)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from penstock_router.auth import KeyFile
+    from penstock_router.scaling import Scales
     from tests.unit.router.fake_worker import FakeCluster
 
 MODEL = "tiny"
@@ -70,7 +71,12 @@ def settings(**changes: Any) -> Settings:
 
 @asynccontextmanager
 async def serving(
-    cluster: FakeCluster, checkpoint: Path, *, keys: KeyFile | None = None, **changes: Any
+    cluster: FakeCluster,
+    checkpoint: Path,
+    *,
+    keys: KeyFile | None = None,
+    scales: Scales | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Service]:
     """Serve on a loopback port for as long as the context is open."""
     model = load_served_model(checkpoint, name=MODEL, created=1)
@@ -83,6 +89,7 @@ async def serving(
         hello=hello,
         keys=keys,
         rng=random.Random(1),
+        scales=scales,
     )
     # With the protocol named, as uvicorn has it: asyncio sets TCP_NODELAY on such sockets only.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -10,10 +10,9 @@ from penstock_router.discovery import (
     Endpoint,
     FileDiscovery,
     InvalidEndpoints,
-    open_discovery,
     parse_endpoints,
 )
-from penstock_router.errors import ConfigurationError
+from tests.unit.router.harness import eventually
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +55,8 @@ def test_unusable_lists_are_refused_whole(endpoints: object, text: str) -> None:
 
 async def test_the_file_is_followed_and_garbage_keeps_the_last_list(tmp_path: Path) -> None:
     path = tmp_path / "endpoints.json"
-    watch = FileDiscovery(path, interval=0.001).watch()
+    discovery = FileDiscovery(path, interval=0.001)
+    watch = discovery.watch()
     async with asyncio.timeout(10):
         assert await anext(watch) == ()
         write(path, DECODE)
@@ -76,10 +76,10 @@ async def test_the_file_is_followed_and_garbage_keeps_the_last_list(tmp_path: Pa
         assert [each.name for each in await following] == ["d0", "d1"]
         write(path)
         assert await anext(watch) == ()
-
-
-def test_what_discovery_settings_mean() -> None:
-    assert isinstance(open_discovery("file:/x", interval=1), FileDiscovery)
-    for wrong in ("file:", "dns:x", ""):
-        with pytest.raises(ConfigurationError, match="file:PATH"):
-            open_discovery(wrong, interval=1)
+        assert discovery.problem == ""
+        following = asyncio.ensure_future(anext(watch))
+        path.unlink()
+        await eventually(lambda: bool(discovery.problem))
+        assert "is not there" in discovery.problem
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)

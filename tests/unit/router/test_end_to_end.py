@@ -169,9 +169,13 @@ async def test_without_workers_a_request_waits_and_then_gets_503(checkpoint: Pat
     assert caught.value.status_code == 503
     assert caught.value.code == "no_worker"
     assert ready.status_code == 503
-    assert ready.json() == {
+    told = ready.json()
+    assert told.pop("idle_seconds") >= 0
+    assert told == {
         "ready": False,
         "reasons": ["no decode worker is listed by discovery"],
+        "message": "no decode worker is listed by discovery",
+        "waking": False,
     }
 
 
@@ -332,7 +336,7 @@ async def test_failures_of_workers_become_http_errors(
 
 
 async def test_a_failure_in_mid_stream_is_an_event(checkpoint: Path) -> None:
-    worker = decode_worker()
+    worker = decode_worker(choose=script([], then=ids("x")[0]))  # every token is text at once
     async with serving(FakeCluster(worker), checkpoint, worker_wait_seconds=0.05) as service:
         await service.until_ready()
         worker.pause_at = 4
@@ -576,7 +580,14 @@ async def test_models_tokenize_detokenize_health(checkpoint: Path) -> None:
     async with serving(FakeCluster(decode_worker(max_model_len=99)), checkpoint) as service:
         assert (await service.http.get("/health")).json() == {"status": "ok"}
         await service.until_ready()
-        assert (await service.http.get("/ready")).json() == {"ready": True, "reasons": []}
+        ready = (await service.http.get("/ready")).json()
+        assert ready.pop("idle_seconds") >= 0
+        assert ready == {
+            "ready": True,
+            "reasons": [],
+            "message": "requests are answered",
+            "waking": False,
+        }
         models = await service.openai.models.list()
         assert [model.id for model in models.data] == [MODEL]
         assert (await service.openai.models.retrieve(MODEL)).id == MODEL

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ import pytest
 from penstock_router import auth
 from penstock_router.auth import KeyFile
 from penstock_router.errors import ConfigurationError, Unauthorized
-from penstock_router.settings import Settings, parse
+from penstock_router.settings import Settings, in_cluster_api, parse
 from tests.unit.router.fake_worker import FakeCluster, decode_worker
 from tests.unit.router.harness import serving
 from tests.unit.router.tiny_models import write_checkpoint
@@ -42,7 +43,17 @@ def test_flags_become_settings_and_the_last_one_wins() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--port", "70000"], ["--max-queue", "0"], ["--drain-seconds", "0"], ["--log-level", "loud"]],
+    [
+        ["--port", "70000"],
+        ["--max-queue", "0"],
+        ["--drain-seconds", "0"],
+        ["--log-level", "loud"],
+        ["--wake", "router=x"],
+        ["--wake", "decode=X"],
+        ["--wake", "decode"],
+        ["--wake", "decode=chat-decode"],
+        ["--wake-seconds", "-1"],
+    ],
 )
 def test_impossible_values_name_the_flag(wrong: list[str]) -> None:
     with pytest.raises(ConfigurationError, match=wrong[0]):
@@ -53,9 +64,32 @@ def test_impossible_values_name_the_flag(wrong: list[str]) -> None:
 def test_malformed_flags_end_the_process(
     wrong: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as caught:
         parse([*NEEDED, *wrong])
+    assert caught.value.code == os.EX_CONFIG
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_wake_is_a_list() -> None:
+    cluster = ["--discovery", "kubernetes:n/a=b"]
+    parsed = parse([*NEEDED, *cluster, "--wake", "prefill=c-prefill", "--wake", "decode=c-decode"])
+    assert parsed.scalers == {"decode": "c-decode", "prefill": "c-prefill"}
+    assert parse(NEEDED).scalers == {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "url"),
+    [
+        ({}, None),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "6443"},
+            "https://10.96.0.1:6443",
+        ),
+        ({"KUBERNETES_SERVICE_HOST": "fd00::1"}, "https://[fd00::1]:443"),
+    ],
+)
+def test_a_pod_is_told_where_the_api_is(environment: dict[str, str], url: str | None) -> None:
+    assert in_cluster_api(environment) == url
 
 
 def test_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,5 +147,5 @@ async def test_the_api_asks_for_the_key_and_probes_do_not(tmp_path: Path) -> Non
             assert answer.headers["www-authenticate"] == "Bearer"
             assert answer.json()["error"]["type"] == "authentication_error"
         assert (await status("/v1/models", "secret")).status_code == 200
-        for where in ("/health", "/ready", "/metrics"):
+        for where in ("/health", "/ready", "/accepting", "/metrics"):
             assert (await status(where, None)).status_code == 200

@@ -263,6 +263,20 @@ class GroupSimulation:
             while stage.says and self.random.random() < 0.6:
                 self.hear(stage)
         self.pool.check()
+        self._check_load()
+
+    def _check_load(self) -> None:
+        """What is kept as sums must be what a count finds."""
+        scheduler = self.scheduler
+        left = [(a.planned, a.end) for a in scheduler._active.values()]
+        left += [(w.request.cached, len(w.request.tokens)) for w in scheduler._waiting]
+        load = scheduler.load()
+        assert load.queued_tokens == sum(end - start for start, end in left)
+        cost = scheduler._costs[scheduler._slowest()].cost
+        work = sum(cost.work(start, end) for start, end in left)
+        assert abs(load.queued_seconds - work) <= 1e-9 * (1 + work)
+        given = sum(1 for step in scheduler._steps.values() if 0 in step.stages)
+        assert scheduler._given == given
 
     def run(self, fault_rate: float = 0.0, limit: int = 3000) -> None:
         """Go on until nothing is left, and check what the receivers have."""

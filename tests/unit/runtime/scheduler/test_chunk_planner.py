@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock_runtime.scheduler.chunk_planner import ChunkPlanner, ChunkSettings, split_layers
+from penstock_runtime.scheduler.chunk_planner import (
+    ChunkPlanner,
+    ChunkSettings,
+    split_layers,
+    split_measured,
+)
 from penstock_runtime.scheduler.cost_model import Cost
 
 N = 131072
@@ -221,3 +226,13 @@ def test_impossible_splits_are_refused() -> None:
         split_layers(3, 4, 1.0)
     with pytest.raises(ValueError, match="as many costs"):
         split_layers(3, 2, [1.0, 2.0])
+
+
+def test_layers_are_divided_anew_by_what_stages_measured() -> None:
+    # Layers of the second half take twice as long: 8 and 2 of them, as long as the other 6.
+    assert split_measured([8, 8], [8.0, 16.0]) == [(0, 10), (10, 16)]
+    # Embedding is a third of the first stage's time, and stays there.
+    assert split_measured([4, 4], [6.0, 4.0], embed_cost=2.0) == [(0, 3), (3, 8)]
+    assert split_measured([3, 3], [1.0, 1.0]) == [(0, 3), (3, 6)]
+    with pytest.raises(ValueError, match="do not describe"):
+        split_measured([3, 3], [1.0])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import math
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock_runtime.scheduler.chunk_planner import ChunkPlanner, ChunkSettings
 from penstock_runtime.scheduler.cost_model import Cost
-from penstock_runtime.scheduler.step_sharing import Prompt, share
+from penstock_runtime.scheduler.step_sharing import Prompt, best_seconds, share
 
 LINEAR = Cost(c=1.0, gamma=0.0, b=1.0, a=0.0)
 """A token takes a second: seconds and tokens can be read off each other."""
@@ -85,3 +88,55 @@ def test_attention_makes_late_chunks_shorter() -> None:
     ]
     # Roots of 0.01 x² + (1 + 0.02 L) x = 100: 61.8, 11.0, 1.6, to the nearest page.
     assert lengths == [60, 12, 4]
+
+
+# --- how long a step is to be --------------------------------------------------------------------
+
+
+def steps_of_a_lone_prompt(cost: Cost, stages: int, tokens: int) -> list[float]:
+    """Return the times of the steps that a prompt gets, one after the other."""
+    planner = ChunkPlanner(stages, 16, ChunkSettings(max_tokens=1 << 20, max_seconds=1e9))
+    times: list[float] = []
+    planned = 0
+    while planned < tokens:
+        prompt = Prompt(0, 0, planned, tokens)
+        seconds = best_seconds(planner, cost, [prompt], 0.0)
+        (item,) = share(cost, [prompt], 16, seconds, 1 << 20, 0.5)
+        times.append(cost.chunk(item.start, item.length))
+        planned += item.length
+    return times
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    # Reading a cached token costs at most a fraction of computing one.
+    ratio=st.sampled_from([0.0, 1e-17, 1e-6, 1e-4, 1e-3, 1e-2, 0.06, 0.2]),
+    b=st.sampled_from([1e-6, 1e-5, 1e-4]),
+    a=st.sampled_from([0.0, 1e-11, 1e-9]),
+    c=st.floats(1e-3, 5e-2),
+    stages=st.integers(2, 16),
+    tokens=st.integers(20_000, 200_000),
+)
+def test_steps_one_by_one_are_as_good_as_planned_at_once(
+    ratio: float, b: float, a: float, c: float, stages: int, tokens: int
+) -> None:
+    cost = Cost(c, ratio * b, b, a)
+    times = steps_of_a_lone_prompt(cost, stages, tokens)
+    makespan = sum(times) + (stages - 1) * max(times)
+    planner = ChunkPlanner(stages, 16, ChunkSettings(max_tokens=1 << 20, max_seconds=1e9))
+    at_once = planner.makespan(cost, planner.plan(cost, 0, tokens))
+    page = cost.work(tokens - 16, tokens)
+    assert makespan <= 1.06 * at_once + stages * page
+
+
+def test_equal_steps_where_reading_the_prefix_is_dear() -> None:
+    # Half of the last step is reading.
+    times = steps_of_a_lone_prompt(Cost(1e-2, 7e-7, 1e-5, 6e-10), 4, 131_072)[:-1]
+    assert max(times) < 1.05 * min(times)
+
+
+def test_tokens_that_cost_nothing_all_go_into_one_step() -> None:
+    free = Cost(c=1e-2, gamma=0.0, b=0.0, a=0.0)
+    prompt = Prompt(0, 0, 0, 1000)
+    planner = ChunkPlanner(4, 16)
+    assert best_seconds(planner, free, [prompt], 0.0) == math.inf
