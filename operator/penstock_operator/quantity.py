@@ -33,12 +33,13 @@ def canonical_quantity(text: str) -> str:
     """Return a quantity in the form that the API server gives back: "0.5" is "500m".
 
     Without it, every apply would differ from what is stored. The largest suffix that leaves a whole
-    number, of binary ones for binary ones unless less than 1Ki; a fraction of a nano is rounded up.
-    Raises ValueError like `parse_quantity`.
+    number, of binary ones for whole binary ones; a fraction of a nano is rounded up. "1.5Ki" is
+    "1536": without a suffix the server takes it for a decimal one. Raises ValueError like
+    `parse_quantity`.
     """
     nanos = int((parse_quantity(text) * 10**9).to_integral_value(ROUND_CEILING))
     whole, fraction = divmod(nanos, 10**9)
-    if text.endswith("i") and whole >= 1024 and not fraction:
+    if text.endswith("i") and whole and whole % 1024 == 0 and not fraction:
         return _binary(whole)
     if not nanos:
         return "0"

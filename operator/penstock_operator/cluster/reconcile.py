@@ -6,7 +6,6 @@ questions that would be answered as before.
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from penstock_operator.cluster.polling import Depth
     from penstock_operator.errors import Problem
     from penstock_operator.observed import Pod, Workload
-
-log = logging.getLogger(__name__)
 
 SOON_SECONDS = 2.0
 """Between questions to a service that changes: a person watches it."""

@@ -156,10 +156,12 @@ class DecodeWorker:
     def describe(self) -> Mapping[str, object]:
         """Return the JSON of /state."""
         engine, stats = self.engine, self.engine.stats
-        counts = engine.pool.counts()
+        counts, load = engine.pool.counts(), engine.scheduler.load()
         return {
             "role": "decode",
             "busy": not engine.scheduler.idle,
+            "running": load.running,
+            "waiting": load.waiting,
             "groups_ready": list(engine.groups_ready),
             "fences": engine.fences,
             "preemptions": engine.scheduler.preemptions,
