@@ -2,8 +2,9 @@
 
     file:///DIRECTORY             used where it lies
     hf://ORG/NAME[@REVISION]      downloaded into the hub's cache, or found there
+    s3://BUCKET/PREFIX[?…]        downloaded into a cache, or found there; see `s3_source`
 
-The hub's library is loaded only when a URI asks for it.
+The libraries of hub and object store are loaded only when a URI asks for them.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def resolve(
 
     Args:
         uri: see the head of this file.
-        cache_dir: of hf:// models; default: the hub library's own.
+        cache_dir: of downloads; default: the hub library's own, and for s3:// the user's.
         token: the hub's access token, for gated and private models.
-        token_file: a file with it; `token` wins.
+        token_file: a file with it; `token` wins. For s3:// the directory of the store's keys.
         allow_patterns: which files are downloaded.
         progress: told as bytes come in.
         endpoint: URL of the hub, or of a mirror.
@@ -69,12 +70,23 @@ def resolve(
             progress=progress,
             endpoint=endpoint,
         )
+    if separator and scheme == "s3":
+        from penstock_wire import s3_source  # noqa: PLC0415 - heavy, and rarely needed
+
+        found = s3_source.fetch(
+            uri,
+            cache_dir=cache_dir,
+            keys=token_file,
+            allow_patterns=allow_patterns,
+            progress=progress,
+        )
+        return _checkpoint(found, uri)
     remedy = (
         f"; did you mean file://{Path(uri).absolute()}?" if not separator and rest == "" else ""
     )
     raise ModelSourceError(
-        f"the model URI {uri!r} is not known: write file:///DIRECTORY or "
-        f"hf://ORG/NAME[@REVISION]{remedy}"
+        f"the model URI {uri!r} is not known: write file:///DIRECTORY, "
+        f"hf://ORG/NAME[@REVISION] or s3://BUCKET/PREFIX{remedy}"
     )
 
 
@@ -172,7 +184,10 @@ def _download(
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelSourceError(f"the model {name} cannot be downloaded: {error}") from error
-    directory = Path(found)
+    return _checkpoint(Path(found), name)
+
+
+def _checkpoint(directory: Path, name: str) -> Path:
     if not (directory / "config.json").is_file():
         raise ModelSourceError(f"{name} has no config.json: it is no model in Hugging Face format")
     return directory
