@@ -348,6 +348,8 @@ class Status(Observed):
     """Generation of the spec that was acted upon."""
     conditions: tuple[Condition, ...] = ()
     """What holds and what does not, with reasons."""
+    model: str = ""
+    """The name that clients send as `model`."""
     prefill: RoleStatus | None = None
     """Groups; missing without prefill."""
     decode: RoleStatus = RoleStatus()

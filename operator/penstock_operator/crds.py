@@ -76,7 +76,7 @@ DEFINITIONS = {
         plural="inferenceservices",
         short_names=("isvc",),
         columns=(
-            _column("Model", ".spec.model.uri"),
+            _column("Model", ".status.model"),
             _column("Ready", _condition("status")),
             _column("Reason", _condition("reason")),
             _column("Prefill", ".status.prefill.summary"),

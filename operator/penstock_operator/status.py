@@ -66,6 +66,8 @@ class Observation:
     pods: Sequence[Pod] = ()
     router: RouterAnswer | None = None
     """None: the router has not been asked, or did not answer."""
+    model: str = ""
+    """What clients send as `model`."""
     url: str = ""
     problems: Sequence[Problem] = ()
     """Why the spec cannot be carried out."""
@@ -130,6 +132,7 @@ def compute_status(
         prefill=_role_status(seen, "prefill") if prefill else None,
         decode=_role_status(seen, "decode"),
         router=_role_status(seen, "router"),
+        model=seen.model,
         url=seen.url,
         transport=",".join(sorted({pod.transport for pod in seen.pods} - {""})),
     )

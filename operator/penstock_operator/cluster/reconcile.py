@@ -155,6 +155,7 @@ class Reconciler:
                 children, service=service, answers=memory.answers.workers, mounts=mounts
             ),
             router=router_answer(memory.answers),
+            model=service.spec.model.served_name,
             url=manifests.router_url(service),
         )
         failure: Exception | None = None
@@ -200,6 +201,7 @@ class Reconciler:
             workloads=workloads,
             pods=observe_pods(children, service=None, answers=memory.answers.workers, mounts={}),
             router=router_answer(memory.answers),
+            model=previous.model if previous else "",
             url=previous.url if previous else "",
             problems=problems,
         )

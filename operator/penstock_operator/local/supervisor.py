@@ -185,6 +185,7 @@ class Supervisor:
             workloads=[w for w in fleet.workloads() if w.replicas],
             pods=[pod.observe() for pod in fleet.pods()],
             router=router.router_answer() if router else None,
+            model=service.spec.model.served_name,
             url=self._url,
         )
         status = compute_status(
