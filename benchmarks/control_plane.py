@@ -1,6 +1,7 @@
-"""A Kubernetes control plane on the loopback address: etcd, API server and, if wanted, controllers.
+"""A Kubernetes control plane on the loopback address: etcd, API server, controllers.
 
-No nodes: objects are stored, validated and collected as anywhere, and nothing runs.
+No nodes: objects are stored, validated and collected as anywhere, and nothing runs. At least the
+garbage collector is there: without it the objects of deleted services would stay for ever.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def control_plane(
         processes.append(_start(folder, "etcd", *_etcd(folder, etcd)))
         processes.append(_start(folder, "kube-apiserver", *_api_server(plane, etcd)))
         _wait_ready(plane, processes)
-        if controllers:
-            processes.append(_start(folder, "kube-controller-manager", *_controllers(plane)))
+        names = "*" if controllers else "garbage-collector-controller"
+        processes.append(_start(folder, "kube-controller-manager", *_controllers(plane, names)))
         for crd in sorted(crds.glob("*.yaml")):
             plane.kubectl("apply", "--server-side", "-f", str(crd))
         plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
@@ -127,11 +128,14 @@ def _api_server(plane: ControlPlane, etcd: str) -> list[str]:
     ]
 
 
-def _controllers(plane: ControlPlane) -> list[str]:
+def _controllers(plane: ControlPlane, names: str) -> list[str]:
     return [
         str(plane.programs / "kube-controller-manager"),
         f"--kubeconfig={plane.kubeconfig('admin')}",
         f"--service-account-private-key-file={plane.folder}/sa.key",
+        f"--controllers={names}",
+        # As many requests as its work takes: the default of 20 a second is soon behind.
+        *("--kube-api-qps=500", "--kube-api-burst=1000"),
         "--leader-elect=false",
         "--bind-address=127.0.0.1",
         f"--secure-port={_free_port()}",

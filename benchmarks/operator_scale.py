@@ -1,7 +1,8 @@
 """Measures the operator with many services on a real API server, without a container.
 
 etcd and the API server run here too, so the operator is held to one core and they have the rest.
-Without `--controllers` nobody makes pods of the workloads; with it, pods exist and stay pending.
+Without `--controllers` only the garbage collector runs, and nobody makes pods of the workloads;
+with it, pods exist and stay pending.
 
   cold        from the start of the operator, which finds all services new, until every one of them
               has all its objects and its status
@@ -11,7 +12,7 @@ Without `--controllers` nobody makes pods of the workloads; with it, pods exist 
   burst       the same for all services at once, until the last one is done
   idle        CPU and API calls of half a minute without a change
   warm        a new operator with everything there: until it has read and compared it all
-  soak        with --soak: 20 changes a second, services coming and going, RSS every 10 s
+  soak        with --soak: --rate changes a second, services coming and going, RSS every 10 s
 
 CPU and memory are the operator's process alone, API calls are counted by the operator itself.
 """
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 SERVICES = "/apis/penstock.dev/v1alpha1/namespaces/default/inferenceservices"
 IDLE_SECONDS = 30.0
 DEADLINE_SECONDS = 600.0
-CHANGES_PER_SECOND = 20.0
 SAMPLE_SECONDS = 10.0
 _CALL = re.compile(
     r'penstock_operator_api_calls_total\{code="\d+",resource="(\S+)",verb="(\w+)"\} '
@@ -329,9 +329,10 @@ class Run:
                         "cpu_seconds": round(measured.cpu_seconds(), 2),
                         "queue_age_seconds": await measured.value("queue_age_seconds"),
                         "changes": count,
+                        "children": await measured.value("children"),
                     }
                 )
-            due = began + count / CHANGES_PER_SECOND
+            due = began + count / self._arguments.rate
             await asyncio.sleep(max(0.0, due - time.monotonic()))
         say(f"soak: {count} changes, RSS {self.samples[-1]['rss_mib']} MiB")
 
@@ -391,7 +392,10 @@ def main() -> None:
     parser.add_argument("--services", type=int, default=500, help="how many (default 500)")
     parser.add_argument("--changes", type=int, default=50, help="single changes (default 50)")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes of churn (default 0)")
-    parser.add_argument("--controllers", action="store_true", help="run the controller manager")
+    parser.add_argument(
+        "--rate", type=float, default=20.0, help="changes a second of the soak (default 20)"
+    )
+    parser.add_argument("--controllers", action="store_true", help="run all controllers")
     parser.add_argument("--kubernetes", type=Path, help="folder of kube-apiserver")
     parser.add_argument("--crds", type=Path, help="folder of the CRDs (default: the tree's)")
     parser.add_argument("--output", type=Path, default=RESULTS / "operator_scale.json")

@@ -138,9 +138,12 @@ def _holds_index(pod: Child) -> bool:
 
 
 def _failure(child: Child) -> str:
+    """Return why a controller cannot make pods. A pod stands for its vanished StatefulSet, too."""
     conditions = child.status.get("conditions") or []
-    failed = [c for c in conditions if c.get("status") == "True"]
-    return str(failed[0].get("message") or failed[0].get("reason")) if failed else ""
+    for condition in conditions:
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            return str(condition.get("message") or condition.get("reason") or "")
+    return ""
 
 
 def _rdma_of(service: InferenceService | None, role: Role | None) -> str:

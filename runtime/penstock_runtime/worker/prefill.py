@@ -50,6 +50,10 @@ log = logging.getLogger(__name__)
 _NEWS_SECONDS = 0.2
 """Until every decode worker knows that this stage drains, and what it sent before has come in: some
 round trips of a busy machine. There is nothing to wait for that would say so."""
+_LINGER_SECONDS = 5.0
+"""A draining stage without prompts stays so long for those that its leader has taken in: stages
+of a group that is removed are told to end at the same time. Longer than from a prompt's end to the
+first plan of the next."""
 
 
 class PrefillWorker:
@@ -136,7 +140,7 @@ class PrefillWorker:
             self._member,
             pages=hello.pages,
             on_formed=leader.formed,
-            on_broken=leader.broken,
+            on_broken=self._on_broken,
         )
         leader.lead(self._chain)
         self.leader = leader
@@ -164,12 +168,34 @@ class PrefillWorker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await asyncio.sleep(_NEWS_SECONDS)
-                while self._busy():
-                    self._moved.clear()
-                    await self._moved.wait()
+                await self._finish()
+
+    async def _finish(self) -> None:
+        """Return when nothing is left to do here, and nothing more comes from the leader."""
+        moves = True
+        while moves:
+            while self._busy():
+                self._moved.clear()
+                await self._moved.wait()
+            moves = await self._moves_soon()
 
     def _busy(self) -> bool:
-        return self.stage.busy or (self.leader is not None and not self.leader.scheduler.idle)
+        if self.leader is None or self._chain is None:
+            return self.stage.busy
+        # Without all stages nothing can be carried out any more: the rest is cut now, not later.
+        return self._chain.formed and (self.stage.busy or not self.leader.scheduler.idle)
+
+    async def _moves_soon(self) -> bool:
+        """Whether something happens before a leader with prompts would have sent its next plan."""
+        if self._leader_session is None:
+            return False
+        self._moved.clear()
+        try:
+            async with asyncio.timeout(_LINGER_SECONDS):
+                await self._moved.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def close(self) -> None:
         """Stop: no transfer of this process touches memory any more."""
@@ -199,6 +225,7 @@ class PrefillWorker:
                 self.leader.receiver_lost(receiver)
         elif session is self._leader_session:
             self._leader_session = None
+            self._moved.set()
         if self._publisher is not None:
             self._publisher.unsubscribe(session)
 
@@ -229,12 +256,18 @@ class PrefillWorker:
     def _from_leader(self, session: Session, message: Control) -> None:
         if isinstance(message, StepPlan):
             self.stage.submit(message)
+            self._moved.set()
         elif isinstance(message, Prepare | Form):
             self._tasks.spawn(self._member.handle(message, session.send), "member")
 
     def _on_stage(self, stage: int, state: LinkState, hello: Hello | None) -> None:
         assert self._chain is not None
         self._chain.link_changed(stage, state, hello)
+
+    def _on_broken(self, reason: str) -> None:
+        assert self.leader is not None
+        self.leader.broken(reason)
+        self._moved.set()
 
     def _to_leader(self, message: Message) -> None:
         self._moved.set()

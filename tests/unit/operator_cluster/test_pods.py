@@ -9,6 +9,7 @@ import pytest
 from penstock_operator import labels
 from penstock_operator.cluster import kinds
 from penstock_operator.cluster.children import child_of
+from penstock_operator.cluster.observation import observe_workloads
 from penstock_operator.cluster.pods import (
     WorkerAnswer,
     address,
@@ -247,3 +248,9 @@ def test_a_pod_that_leaves_has_no_fault_and_tells_why_it_goes() -> None:
 
 def test_pods_without_a_role_are_not_ours() -> None:
     assert observe_pod(child(role="something"), None) is None
+
+
+def test_a_pod_that_drains_keeps_its_groups_index_and_is_no_failure() -> None:
+    pod = child(container(RUNNING), conditions=[SCHEDULED, READY], deleting=True, role="prefill")
+    (workload,) = observe_workloads({("Pod", pod.name): pod})
+    assert (workload.replicas, workload.ready, workload.message) == (0, 0, "")
