@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cluster")
     group.addoption("--keep", action="store_true", help="keep the cluster for the next run")
+    group.addoption("--as-is", action="store_true", help="keep, and build no images before")
     group.addoption("--nodes", type=int, default=2, help="how many nodes (default 2)")
 
 
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _end(signal_number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + signal_number)
+    pytest.exit(f"ended by signal {signal_number}", returncode=128 + signal_number)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,15 +52,13 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with cache.locked("cluster"):
         programs.require_debian_packages()
         cluster = Cluster(settings, programs.build())
-        images = build_all()
-        if cluster.is_up():
-            cluster.load(images)
-        else:
-            cluster.up(images)
+        as_is = request.config.getoption("--as-is")
+        if not (as_is and cluster.is_up()):
+            cluster.up_to_date(build_all())
         try:
             yield cluster
         finally:
-            if not request.config.getoption("--keep"):
+            if not (as_is or request.config.getoption("--keep")):
                 remove(settings)
 
 
@@ -94,12 +92,20 @@ def namespace(kubectl: Kubectl, request: pytest.FixtureRequest) -> Iterator[str]
 
 
 @pytest.fixture(scope="module")
-def services(cluster: Cluster, operator_installed: Release, namespaces: Namespaces) -> Services:
+def services(
+    cluster: Cluster, operator_installed: Release, namespaces: Namespaces
+) -> Iterator[Services]:
     """Makes InferenceServices of the demo model."""
-    return Services(cluster, operator_installed, namespaces)
+    with Services(cluster, operator_installed, namespaces) as services:
+        yield services
 
 
 @pytest.fixture
-def service(services: Services, request: pytest.FixtureRequest) -> Service:
-    """An InferenceService of the demo model in a namespace of its own, not yet applied."""
-    return services.create(request.node.name)
+def service(services: Services, request: pytest.FixtureRequest) -> Iterator[Service]:
+    """An InferenceService of the demo model in a namespace of its own, not yet applied.
+
+    It is deleted after the test, so that its workers do not slow the next one down.
+    """
+    service = services.create(request.node.name)
+    yield service
+    services.remove(service)

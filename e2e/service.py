@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from e2e.cluster.waiting import until
 from e2e.images.build import ROOT
@@ -51,6 +51,26 @@ class Services:
     cluster: Cluster
     release: Release
     namespaces: Namespaces
+    _made: list[Service] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Delete all that were made. Raises NotInTimeError.
+
+        Before their namespaces: Kubernetes ends a namespace's pods before anything else, and looks
+        again only after half of the longest time that they may take to drain.
+        """
+        for service in [*self._made]:
+            self.remove(service)
+
+    def remove(self, service: Service) -> None:
+        """Delete a service and wait until its pods have ended. Raises NotInTimeError."""
+        self._made.remove(service)
+        service.delete()
+        service.wait_until_gone(READY_SECONDS)
 
     def create(self, purpose: str, *, name: str = "demo") -> Service:
         """Return a service, not yet applied, in a new namespace named after `purpose`."""
@@ -59,11 +79,13 @@ class Services:
     def add(self, namespace: str, name: str) -> Service:
         """Return a service, not yet applied, in a namespace that exists."""
         model = self.place_model(namespace)
-        return Service(self.cluster.kubectl, namespace, name, demo_spec(model))
+        service = Service(self.cluster.kubectl, namespace, name, demo_spec(model))
+        self._made.append(service)
+        return service
 
     def place_model(self, folder: str) -> Path:
         """Put a copy of the demo model where pods of all nodes find it, and return its path."""
-        path = self.cluster.settings.folder / "models" / folder / MODEL
+        path = self.cluster.settings.models / folder / MODEL
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(_DEMO, path)
@@ -91,7 +113,7 @@ class Service:
 
     def delete(self) -> None:
         """Delete it, without waiting."""
-        self.run("delete", "inferenceservice", self.name, "--wait=false")
+        self.run("delete", "inferenceservice", self.name, "--wait=false", "--ignore-not-found")
 
     def wait_until_gone(self, seconds: float = 120) -> None:
         """Return when nothing of it is left. Raises NotInTimeError naming what is."""
@@ -105,7 +127,7 @@ class Service:
 
     def run(self, *arguments: str) -> str:
         """Run kubectl in its namespace and return what it printed."""
-        return self.kubectl(*arguments, "--namespace", self.namespace).stdout
+        return self.kubectl("--namespace", self.namespace, *arguments).stdout
 
     def items(self, kind: str, *arguments: str) -> list[Object]:
         """Return the objects of a kind that belong to it."""

@@ -29,7 +29,8 @@ def test_a_namespace_is_deleted_with_the_operator_down(
     service.wait_for("Ready")
     operator_installed.scale(0)
     try:
-        service.kubectl("delete", "namespace", service.namespace, "--timeout=120s")
+        # Kubernetes looks again only after half of what pods may take to drain: five minutes.
+        service.kubectl("delete", "namespace", service.namespace, "--timeout=400s", seconds=420)
     finally:
         operator_installed.scale(1)
 

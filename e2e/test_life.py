@@ -61,7 +61,7 @@ def test_the_columns_tell_the_state(ready: Service) -> None:
     header, row = ready.run("get", "inferenceservices").splitlines()
     cells = dict(zip(re.split(r"\s{2,}", header), re.split(r"\s{2,}", row), strict=True))
     assert cells["NAME"] == "chat"
-    assert cells["MODEL"] == MODEL
+    assert cells["MODEL"] == ready.spec["model"]["name"]
     assert cells["READY"] == "True"
     assert cells["PREFILL"] == "1/1"
     assert cells["DECODE"] == "2/2"

@@ -43,10 +43,8 @@ def run(command: str, settings: Settings) -> None:
             return
         programs.require_debian_packages()
         cluster = Cluster(settings, programs.build())
-        if command == "images":
-            cluster.load(build_all())
-        elif not cluster.is_up():
-            cluster.up(build_all())
+        if command == "images" or not cluster.is_up():
+            cluster.up_to_date(build_all())
         print(f"export KUBECONFIG={settings.kubeconfig}")
 
 

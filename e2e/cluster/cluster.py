@@ -80,6 +80,13 @@ class Cluster:
             remove(self.settings)
             raise
 
+    def up_to_date(self, wanted: Sequence[Image]) -> None:
+        """Start everything, or load these images into what runs. Raises as `up` does."""
+        if self.is_up():
+            self.load(wanted)
+        else:
+            self.up(wanted)
+
     def _start(self) -> None:
         Identity(self.settings).create()
         self.network.create()
@@ -149,7 +156,9 @@ def remove(settings: Settings) -> None:
     _remove_traces(settings.folder)
     if mounts.below(settings.folder):
         raise ClusterError(f"something is mounted below {settings.folder} again: unmount it")
-    shutil.rmtree(settings.folder, ignore_errors=False) if settings.folder.exists() else None
+    for folder in (settings.folder, settings.models):
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def _remove_traces(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from e2e.cluster.cgroups import Cgroup
 from e2e.cluster.errors import ProgramFailedError
 from e2e.cluster.network import CONTROL, namespace
-from e2e.cluster.process import Program, Running
+from e2e.cluster.process import Program
 from e2e.cluster.settings import NAME
 from e2e.cluster.waiting import until
 
@@ -32,7 +32,7 @@ class ControlPlane:
     programs: Programs
     identity: Identity
     kubectl: Kubectl
-    _running: dict[str, Running] = field(default_factory=dict)
+    _started: list[Program] = field(default_factory=list)
 
     def start(self) -> None:
         """Start everything. Raises ProgramFailedError, NotInTimeError."""
@@ -57,8 +57,8 @@ class ControlPlane:
         self._cgroup("kube-apiserver").kill()
 
     def _api_server_ready(self) -> bool:
-        self._running["kube-apiserver"].check()
-        self._running["etcd"].check()
+        for program in self._started:
+            program.check()
         try:
             return self.kubectl("get", "--raw", "/readyz", seconds=10).stdout == "ok"
         except ProgramFailedError as error:
@@ -154,7 +154,8 @@ class ControlPlane:
             log=self.settings.logs / f"{name}.log",
             environment={"PATH": _PATH},
         )
-        self._running[name] = program.start()
+        program.start()
+        self._started.append(program)
 
 
 _RBAC = "rbac.authorization.k8s.io"

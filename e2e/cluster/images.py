@@ -45,6 +45,21 @@ def prepare(images: Sequence[oci.Image]) -> None:
         _share_blobs(images)
 
 
+@contextlib.contextmanager
+def _kept(folders: containerd.Folders, name: str | None) -> Iterator[None]:
+    """Keep what is called `name` until its successor is unpacked.
+
+    An import gives the name away first, and then containerd may remove the layers, unpacked, that
+    both have in common.
+    """
+    if name is None:
+        yield
+        return
+    containerd.tag(folders, name, f"{name}-previous")
+    yield
+    containerd.remove_image(folders, f"{name}-previous")
+
+
 def _share_blobs(images: Iterable[oci.Image]) -> None:
     """Let the layouts have the template's files instead of gigabytes of their own."""
     for image in images:
@@ -73,7 +88,8 @@ def load(folders: containerd.Folders, images: Iterable[oci.Image]) -> None:
     for image in images:
         if present.get(image.name) == image.digest:
             continue
-        containerd.load(folders, partial(oci.pack, image, without=frozenset(blobs)))
+        with _kept(folders, image.name if image.name in present else None):
+            containerd.load(folders, partial(oci.pack, image, without=frozenset(blobs)))
         blobs |= set(image.blobs)
 
 
@@ -90,16 +106,16 @@ def _template() -> Iterator[None]:
         log=_FOLDERS.base / "log",
         environment={"PATH": _PATH},
     )
-    running = program.start()
+    program.start()
 
     def serves() -> bool:
-        running.check()
+        program.check()
         return containerd.serves(_FOLDERS.socket)
 
     try:
         until("containerd serves", serves, seconds=60)
         yield
     finally:
-        running.stop()
+        # Its databases are transactional: it may end at any moment.
         _CGROUP.kill()
         _CGROUP.remove()

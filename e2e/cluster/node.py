@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from e2e.cluster import containerd, mounts
 from e2e.cluster.cgroups import Cgroup
 from e2e.cluster.network import namespace
-from e2e.cluster.process import Program, Running, run
+from e2e.cluster.process import Program, run
 from e2e.cluster.programs import CNI_PLUGINS
 from e2e.cluster.settings import NAME
 from e2e.cluster.waiting import until
@@ -34,7 +34,7 @@ class Node:
     settings: Settings
     programs: Programs
     identity: Identity
-    _running: dict[str, Running] = field(default_factory=dict)
+    _started: list[Program] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -66,8 +66,8 @@ class Node:
 
     def check(self) -> None:
         """Raise ProgramFailedError if one of its programs has ended."""
-        for running in self._running.values():
-            running.check()
+        for program in self._started:
+            program.check()
 
     def power_off(self) -> None:
         """End everything on it at once, as a power cut does; `start` boots it again."""
@@ -184,7 +184,8 @@ class Node:
             # The programs are found by name: runc, shims, plugins, iptables.
             environment={"PATH": f"{_PATH}:{CNI_PLUGINS}"},
         )
-        self._running[name] = program.start()
+        program.start()
+        self._started.append(program)
 
 
 def _write_json(path: Path, value: object) -> None:

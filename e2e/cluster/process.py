@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from e2e.cluster.errors import ProgramFailedError
-from e2e.cluster.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
     from e2e.cluster.cgroups import Cgroup
 
-_STOP_SECONDS = 30
 # The shell puts itself where the program has to be before it becomes the program.
 _ENTER = 'echo $$ > "$1"; shift; exec "$@"'
 
@@ -52,46 +50,28 @@ class Program:
     environment: Mapping[str, str]
     """Its whole environment."""
 
-    def start(self) -> Running:
-        """Start it; it outlives this process."""
+    def start(self) -> None:
+        """Start it; it outlives this process, and is known by its cgroup from then on."""
         self.cgroup.create()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         words: list[str | Path] = ["sh", "-c", _ENTER, "sh", self.cgroup.entrance]
+        words += ["setsid", "--fork"]
         if self.namespace is not None:
             # Not `ip netns exec`, which mounts another /sys without the cgroups.
             words += ["nsenter", f"--net=/var/run/netns/{self.namespace}", "--"]
         words += self.command
         with self.log.open("ab") as log:
-            child = subprocess.Popen(
+            subprocess.run(
                 [str(word) for word in words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=dict(self.environment),
-                start_new_session=True,
+                check=True,
             )
-        return Running(self, child)
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A program that was started by this process."""
-
-    program: Program
-    child: subprocess.Popen[bytes]
 
     def check(self) -> None:
         """Raise ProgramFailedError with the end of its log if it has ended."""
-        status = self.child.poll()
-        if status is not None:
-            lines = self.program.log.read_text(errors="replace").splitlines()[-15:]
-            raise ProgramFailedError(
-                f"{self.program.name} ended with status {status}; see {self.program.log}:\n"
-                + "\n".join(lines)
-            )
-
-    def stop(self) -> None:
-        """Ask it to end and wait. Raises NotInTimeError."""
-        self.child.terminate()
-        what = f"{self.program.name} has ended"
-        until(what, lambda: self.child.poll() is not None, seconds=_STOP_SECONDS)
+        if not self.cgroup.processes():
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+            raise ProgramFailedError(f"{self.name} has ended; see {self.log}:\n" + "\n".join(lines))

@@ -22,6 +22,9 @@ class Settings:
     """Run folder: configuration, state, logs. Removed with the cluster, except for the logs."""
     logs: Path = CACHE / "logs"
     """Logs of every component of the latest cluster. Emptied when the next one starts."""
+    models: Path = Path("/var/lib/penstock-e2e/models")
+    """Model directories of tests, the same path on every node. Not below anybody's home, which the
+    pods' user may not enter. Removed with the cluster."""
     network: str = "172.30.0"
     """First three numbers of the /24 that nodes and control plane share. The machine itself has
     .1, the control plane .2, node i .10+i. The default is private and seldom used."""

@@ -31,6 +31,7 @@ def name(component: str) -> str:
 def build_all() -> list[oci.Image]:
     """Build what changed (minutes the first time, seconds after a change of code); return all."""
     with cache.locked("build"):
+        buildah.clean()
         below = base.ensure()
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             secrets = _index_settings(Path(folder))

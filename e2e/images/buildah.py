@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FOLDER = CACHE / "buildah"
+_TEMPORARY = _FOLDER / "tmp"
 _BUILD_SECONDS = 3600
 _MUCH_BYTES = 2**30
 _LAYOUT = CACHE / "images" / "layout"
@@ -53,10 +56,18 @@ def build(wanted: Build) -> None:
         text=True,
         timeout=_BUILD_SECONDS,
         check=False,
+        env={**os.environ, "TMPDIR": str(_TEMPORARY)},
     )
     if done.returncode:
         end = "\n".join(done.stdout.splitlines()[-40:])
         raise ProgramFailedError(f"building {wanted.name} failed:\n{end}")
+
+
+def clean() -> None:
+    """Remove what builds left that were interrupted. Nobody else may be building."""
+    run(*_buildah(), "rm", "--all")
+    shutil.rmtree(_TEMPORARY, ignore_errors=True)
+    _TEMPORARY.mkdir(parents=True)
 
 
 def exists(name: str) -> bool:
