@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from penstock_runtime.engine.compute import Compute
 from penstock_runtime.errors import ConfigurationError
+from penstock_runtime.model.errors import WeightsError
 from penstock_runtime.transfer import rdma
 from penstock_runtime.transfer.nixl import NixlTransfer
 from penstock_runtime.transfer.nixl_settings import NixlSettings
@@ -133,8 +134,9 @@ def _transport(settings: WorkerSettings) -> str:
 def main() -> None:
     """Run the command line.
 
-    Exits with EX_NOINPUT (66) if there is no such model, EX_CONFIG (78) if a setting or the model
-    cannot be served, 1 or 2 otherwise: whoever restarts it can tell a crash from a mistake.
+    Exits with EX_NOINPUT (66) if there is no such model or its weights cannot be read, EX_CONFIG
+    (78) if a setting or the model cannot be served, 1 or 2 otherwise: whoever restarts it can tell a
+    crash from a mistake.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
@@ -149,7 +151,7 @@ def main() -> None:
 
 
 def _exit_status(error: Exception) -> int:
-    if isinstance(error, ModelSourceError):
+    if isinstance(error, ModelSourceError | WeightsError):
         return os.EX_NOINPUT
     return 2 if isinstance(error, OSError) else os.EX_CONFIG
 

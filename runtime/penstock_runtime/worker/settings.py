@@ -7,10 +7,12 @@ cluster can append what differs on one machine.
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from penstock_runtime.errors import ConfigurationError
 
@@ -59,9 +61,17 @@ class WorkerSettings:
         return self.peers.replace("{i}", str(stage))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends with EX_CONFIG for what it refuses, so that it does not look like a crash."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(os.EX_CONFIG, f"{self.prog}: {message}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="penstock-worker",
         description="One worker of a Penstock service: a stage of a prefill pipeline, or a decode "
         "worker. Started by the operator or by `penstock up`, seldom by hand.",

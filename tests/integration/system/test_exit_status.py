@@ -55,6 +55,22 @@ def test_a_model_that_is_not_there(keys: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_model_without_weights(keys: Path, tmp_path: Path) -> None:
+    model = checkpoint.make(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    ended = run(keys, model)
+    assert ended.returncode == os.EX_NOINPUT
+    assert "safetensors" in ended.stderr.splitlines()[-1]
+
+
+def test_a_flag_that_is_refused(keys: Path, tmp_path: Path) -> None:
+    ended = run(keys, tmp_path, "--threads", "none")
+    assert ended.returncode == os.EX_CONFIG
+    assert ended.stderr.splitlines()[-1] == (
+        "penstock-worker: argument --threads: 'none' is not a number of 1 or more"
+    )
+
+
 def test_a_model_that_cannot_be_divided_so(keys: Path, tmp_path: Path) -> None:
     model = checkpoint.make(tmp_path / "model")
     ended = run(keys, model, "--stages", "5", "--stage", "1", "--peers", "group-{i}:7000")
