@@ -135,8 +135,8 @@ def main() -> None:
     """Run the command line.
 
     Exits with EX_NOINPUT (66) if there is no such model or its weights cannot be read, EX_CONFIG
-    (78) if a setting or the model cannot be served, 1 or 2 otherwise: whoever restarts it can tell a
-    crash from a mistake.
+    (78) if a setting or the model cannot be served, 1 or 2 otherwise: whoever restarts it can tell
+    a crash from a mistake.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
