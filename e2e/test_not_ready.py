@@ -110,7 +110,7 @@ def test_a_model_without_weights(small: Service, services: Services) -> None:
     aside = weights.parents[1] / weights.name
     shutil.move(weights, aside)
     small.apply()
-    small.wait_for("Ready", "False", says="safetensors", seconds=90)
+    small.wait_for("Ready", "False", reason="ModelNotFound", says="safetensors", seconds=90)
     shutil.move(aside, weights)
     small.wait_for("Ready", seconds=_CLEAR_SECONDS)
 

@@ -10,6 +10,7 @@ The libraries of hub and object store are loaded only when a URI asks for them.
 from __future__ import annotations
 
 import io
+import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -108,6 +109,16 @@ def _local(uri: str) -> Path:
             "there are three slashes"
         )
     directory = Path(unquote(parts.path))
+    try:
+        return _checked(directory)
+    except OSError as error:
+        raise ModelSourceError(
+            f"the model directory {directory} cannot be read: {error}; let user {os.getuid()} "
+            "enter it and the directories above it"
+        ) from error
+
+
+def _checked(directory: Path) -> Path:
     if not directory.is_dir():
         state = "a file, not a directory" if directory.exists() else "not there"
         raise ModelSourceError(

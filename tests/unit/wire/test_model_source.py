@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
@@ -15,7 +16,6 @@ from penstock_wire.model_source import ModelSourceError, parse_hub, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -244,3 +244,14 @@ def test_without_the_hub_the_cache_is_used(hub: Hub, tmp_path: Path) -> None:
     assert resolve("hf://org/open", cache_dir=tmp_path, endpoint=nobody) == found
     with pytest.raises(ModelSourceError, match="cannot be reached"):
         resolve("hf://org/open", cache_dir=tmp_path / "other", endpoint=nobody)
+
+
+def test_a_directory_that_may_not_be_entered_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(ModelSourceError, match=r"let user \d+ enter it"):
+        resolve(f"file://{tmp_path}/model")
