@@ -24,6 +24,9 @@ Progress: TypeAlias = Callable[[int, int], None]
 PATTERNS = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt")
 """The files that any part of Penstock reads: configuration, tokenizer, chat template, weights."""
 
+FETCHING = "fetching the model"
+"""How a worker's message begins while its model comes over the network."""
+
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NETWORK_BAR = "Downloading bytes"
 _REVISION = re.compile(r"[\w][\w./-]*")

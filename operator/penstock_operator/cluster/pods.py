@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from penstock_operator import labels, model_volume
 from penstock_operator.observed import Pod
+from penstock_wire.model_source import FETCHING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,8 +37,6 @@ _IMAGE_REASONS = frozenset(
     }
 )
 _START_REASONS = frozenset({"CreateContainerError", "PostStartHookError", "RunContainerError"})
-_DOWNLOADING = ("fetching hf://", "fetching s3://", "downloading")
-"""How the messages of a worker begin that brings its model over the network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +152,7 @@ def _trouble(
     if mount and waits_for_volumes(child):
         about_model = f'volume "{model_volume.VOLUME}"' in mount
         return Trouble("ModelNotFound" if about_model else "MountFailed", mount)
-    if state == "starting" and answer is not None and answer.message.startswith(_DOWNLOADING):
+    if state == "starting" and answer is not None and answer.message.startswith(FETCHING):
         return Trouble("ModelDownloading", answer.message)
     return Trouble("", "")
 

@@ -11,6 +11,7 @@ from penstock_operator.local.health import Prober
 from penstock_operator.local.logs import LogFile
 from penstock_operator.local.processes import Process, exit_reason
 from penstock_operator.observed import Pod
+from penstock_wire.model_source import FETCHING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from penstock_operator.local.logs import Terminal
     from penstock_operator.local.settings import LocalSettings
     from penstock_operator.observed import Fault, PodState, RouterAnswer
-
-_DOWNLOADING = ("fetching hf://", "fetching s3://", "fetching the model", "downloading")
-"""How the messages of a worker begin that brings its model over the network."""
 
 
 class LocalPod:
@@ -120,7 +118,7 @@ class LocalPod:
             return ""
         if self._ended_because:
             return "CrashLooping"
-        downloading = state == "starting" and message.startswith(_DOWNLOADING)
+        downloading = state == "starting" and message.startswith(FETCHING)
         return "ModelDownloading" if downloading else ""
 
     def router_answer(self) -> RouterAnswer | None:

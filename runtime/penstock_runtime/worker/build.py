@@ -109,7 +109,7 @@ class Builder:
             cache_dir=settings.model_cache,
             token_file=settings.model_token_file,
             endpoint=settings.hub_endpoint,
-            progress=self._progress("fetching the model", 0.0, 0.5),
+            progress=self._progress(model_source.FETCHING, 0.0, 0.5),
         )
 
     def _load(self, path: Path, config: ModelConfig) -> Transformer:

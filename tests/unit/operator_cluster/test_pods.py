@@ -17,6 +17,7 @@ from penstock_operator.cluster.pods import (
     state_of,
     waits_for_volumes,
 )
+from penstock_wire.model_source import FETCHING
 
 if TYPE_CHECKING:
     from penstock_operator.cluster.children import Child
@@ -215,7 +216,7 @@ def test_events_of_volumes_count_only_while_no_container_runs() -> None:
 
 
 def test_what_only_the_process_knows() -> None:
-    loading = WorkerAnswer(progress=0.4, message="fetching hf://a/b: 40%")
+    loading = WorkerAnswer(progress=0.4, message=f"{FETCHING} 40%")
     pod = observed(child(container(RUNNING)), loading)
     assert (pod.fault, pod.progress) == ("ModelDownloading", 0.4)
     told = WorkerAnswer(transport="tcp", groups_ready=frozenset({"g"}))
