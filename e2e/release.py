@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from e2e.cluster.waiting import until
 from e2e.images.build import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from e2e.cluster.cluster import Cluster
 
 NAME = "penstock"
@@ -89,6 +92,15 @@ class Release:
             lambda: len(self._ready()) == replicas == len(self.pods),
             seconds=_INSTALL_SECONDS,
         )
+
+    @contextlib.contextmanager
+    def down(self) -> Iterator[None]:
+        """Take it out of service while the context lasts."""
+        self.scale(0)
+        try:
+            yield
+        finally:
+            self.scale(1)
 
     def logs(self) -> str:
         """Return the end of its log."""

@@ -14,12 +14,9 @@ def test_a_service_is_deleted_with_the_operator_down(
 ) -> None:
     service.apply()
     service.wait_for("Ready")
-    operator_installed.scale(0)
-    try:
+    with operator_installed.down():
         service.delete()
         service.wait_until_gone()
-    finally:
-        operator_installed.scale(1)
 
 
 def test_a_namespace_is_deleted_with_the_operator_down(
@@ -27,12 +24,9 @@ def test_a_namespace_is_deleted_with_the_operator_down(
 ) -> None:
     service.apply()
     service.wait_for("Ready")
-    operator_installed.scale(0)
-    try:
+    with operator_installed.down():
         # Kubernetes looks again only after half of what pods may take to drain: five minutes.
         service.kubectl("delete", "namespace", service.namespace, "--timeout=400s", seconds=420)
-    finally:
-        operator_installed.scale(1)
 
 
 def test_deleting_during_the_start_leaves_nothing(service: Service) -> None:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from penstock_router.errors import ConfigurationError, Unauthorized
+from penstock_router.file_stamp import file_stamp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,8 +66,7 @@ class KeyFile:
 
     def _read(self) -> None:
         self._looked = time.monotonic()
-        status = self._path.stat()
-        stamp = status.st_ino, status.st_mtime_ns, status.st_size
+        stamp = file_stamp(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp

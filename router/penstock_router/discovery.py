@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 import msgspec
 from msgspec import Meta, Struct
 
+from penstock_router.file_stamp import file_stamp
 from penstock_wire.names import split_address
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from penstock_router.file_stamp import Stamp
 
 log = logging.getLogger(__name__)
 
@@ -112,13 +115,12 @@ class FileDiscovery:
                     yield found
             await asyncio.sleep(self._interval)
 
-    def _stamp(self) -> tuple[int, int, int] | None:
+    def _stamp(self) -> Stamp | None:
         """Return what changes when the file is replaced or written; None without a file."""
         try:
-            status = self._path.stat()
+            return file_stamp(self._path)
         except OSError:
             return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def _read(self) -> tuple[Endpoint, ...] | None:
         try:

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from penstock_router.errors import ConfigurationError, KubernetesError, KubernetesGarbage
+from penstock_router.file_stamp import file_stamp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Mapping
@@ -235,8 +236,7 @@ class _Token(httpx.Auth):
             log.warning("the Kubernetes token stays as it was: %s", error)
 
     def _read(self) -> str:
-        status = self._path.stat()
-        stamp = status.st_ino, status.st_mtime_ns, status.st_size
+        stamp = file_stamp(self._path)
         if stamp == self._stamp:
             return self._header
         token = self._path.read_text(encoding="ascii").strip()

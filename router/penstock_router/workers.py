@@ -31,6 +31,7 @@ from penstock_wire.messages import (
     Tokens,
 )
 from penstock_wire.sockets import LinkDown, LinkState
+from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
     import random
@@ -148,7 +149,7 @@ class Fleet:
         self._endpoints: tuple[Endpoint, ...] = ()
         self._groups = Groups(groups=())
         self._changed = asyncio.Event()
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing = Tasks()
 
     # --- lifetime -----------------------------------------------------------------------------
 
@@ -162,7 +163,8 @@ class Fleet:
         workers = [*self._workers.values(), *self._retired]
         self._workers.clear()
         self._retired.clear()
-        await asyncio.gather(*(worker.link.close() for worker in workers), *self._closing)
+        await asyncio.gather(*(worker.link.close() for worker in workers))
+        await self._closing.settle()
 
     async def changed(self, timeout: float) -> bool:  # noqa: ASYNC109 - a deadline on an event
         """Wait until a worker's state changed, or `timeout` seconds; returns whether it did."""
@@ -317,9 +319,7 @@ class Fleet:
         """Close the link of a retired worker once it has no calls."""
         if worker in self._retired and not len(worker.calls):
             self._retired.discard(worker)
-            task = asyncio.create_task(worker.link.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._closing.spawn(worker.link.close(), f"end of the link to {worker.name}")
 
     def _announce(self) -> None:
         """Tell every decode worker the groups, if they changed."""

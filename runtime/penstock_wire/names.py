@@ -30,6 +30,11 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def bracketed(host: str) -> str:
+    """Return the host as it stands before a port: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 class Resolver:
     """Turns host names into IP addresses: by DNS, or by a hosts file on one machine.
 

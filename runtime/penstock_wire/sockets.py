@@ -27,7 +27,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from penstock_wire import messages
 from penstock_wire.messages import Control, Heartbeat, Hello, Message, Unknown, WireError
-from penstock_wire.names import Resolver, UnresolvedName, split_address
+from penstock_wire.names import Resolver, UnresolvedName, bracketed, split_address
 from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class ControlServer:
         self._socket.zap_domain = b"penstock"
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
-            self._socket.bind(f"tcp://{_bracket(host)}:{port}")
+            self._socket.bind(f"tcp://{bracketed(host)}:{port}")
         except zmq.ZMQError as error:
             self._auth.stop()
             self._context.destroy(linger=0)
@@ -334,7 +334,7 @@ class ControlClient:
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         tasks: list[asyncio.Task[None]] = []
         try:
-            socket.connect(f"tcp://{_bracket(ip)}:{port}")
+            socket.connect(f"tcp://{bracketed(ip)}:{port}")
             self._socket = socket
             self._last_heard = time.monotonic()
             self._post(messages.encode(self._mine))
@@ -421,10 +421,6 @@ def _configure(socket: zmq.asyncio.Socket, settings: LinkSettings) -> None:
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-
-
-def _bracket(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _check_sent(sent: Awaitable[object], peer: str) -> None:

@@ -68,6 +68,8 @@ class Scene:
     service: InferenceService
     uid: str
     children: Mapping[ChildId, Child]
+    revisions: Mapping[labels.Role, str]
+    """The newest one of each role."""
     full: bool = False
     """Apply everything, whatever the memory says."""
     loads: Mapping[str, WorkerAnswer] = field(default_factory=dict)
@@ -352,7 +354,7 @@ def _newest(scene: Scene, child: Child, replicas: int | None = None) -> Object |
     role = role_of(child)
     if role is None or scene.service.spec.role(role) is None:
         return None
-    if child.labels.get(labels.REVISION) != manifests.revision(scene.service, role):
+    if child.labels.get(labels.REVISION) != scene.revisions[role]:
         return None
     if replicas is None:
         replicas = int(child.spec.get("replicas") or 0)

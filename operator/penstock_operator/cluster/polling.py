@@ -12,6 +12,7 @@ import aiohttp
 from penstock_operator import labels
 from penstock_operator.cluster.pods import WorkerAnswer, address, role_of, state_of
 from penstock_operator.observed import RouterAnswer
+from penstock_wire.names import bracketed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +99,7 @@ class Poller:
         )
 
     async def _router(self, pod: Child, port: int) -> RouterPod | None:
-        found = await self._json(f"http://{_host(address(pod))}:{port}/ready")
+        found = await self._json(f"http://{bracketed(address(pod))}:{port}/ready")
         if found is None:
             return None
         reasons = found.get("reasons")
@@ -114,7 +115,7 @@ class Poller:
         )
 
     async def _worker(self, pod: Child) -> WorkerAnswer | None:
-        url = f"http://{_host(address(pod))}:{labels.HTTP_PORT}"
+        url = f"http://{bracketed(address(pod))}:{labels.HTTP_PORT}"
         if state_of(pod) == "starting":
             found = await self._json(f"{url}/readyz")
             return None if found is None else worker_answer(found, {})
@@ -165,10 +166,6 @@ def worker_answer(readyz: dict[str, Any], state: dict[str, Any]) -> WorkerAnswer
         groups_ready=frozenset(map(_text, links)) if isinstance(links, list) else None,
         load=int(load),
     )
-
-
-def _host(text: str) -> str:
-    return f"[{text}]" if ":" in text else text
 
 
 def _text(value: Any) -> str:

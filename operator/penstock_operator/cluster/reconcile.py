@@ -145,6 +145,7 @@ class Reconciler:
             service=service,
             uid=raw["metadata"]["uid"],
             children=children,
+            revisions={role: target.revision for role, target in targets.items()},
             full=full,
             loads=memory.answers.workers,
         )
