@@ -334,6 +334,9 @@ def _pod_defaults(service: InferenceService, own: dict[str, str], role: Role) ->
     spread = labels.GROUP if role == "prefill" else labels.ROLE
     defaults: Object = {
         "terminationGracePeriodSeconds": GRACE_SECONDS,
+        # The kernel drops a SIGTERM to process 1 that has no handler yet: a pod deleted while it
+        # still imports would stay for its whole grace time. So process 1 is the pod's pause.
+        "shareProcessNamespace": True,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER_ID,
