@@ -58,6 +58,8 @@ class Leader:
         page_size: tokens a page.
         model_digest: part of every block's hash.
         reply: to decode workers.
+        on_change: called after whatever happened was dealt with: a message of any stage or decode
+            worker, the end of an epoch.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Leader:
         *,
         model_digest: str,
         reply: Reply,
+        on_change: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._pool = pool
         self._stage = stage
         self._model_digest = model_digest
         self._reply = reply
+        self._on_change = on_change
         self._wake = asyncio.Event()
         self._chain: Chain | None = None
         self._event_seq = 0
@@ -173,6 +177,7 @@ class Leader:
     def broken(self, reason: str) -> None:
         """The epoch ended; those in the pipeline are told when the next one has been formed."""
         log.info("waiting for the group to form again: %s", reason)
+        self._wake.set()
 
     # --- plans ---------------------------------------------------------------------------------
 
@@ -188,6 +193,7 @@ class Leader:
                     break
                 self._chain.broadcast(plan)
                 self._stage.submit(plan)
+            self._on_change()
 
     def prompt_tokens(self, key: int, start: int, length: int) -> torch.Tensor:
         """Return a request's token ids for stage 0's embedding, int64 (length,)."""

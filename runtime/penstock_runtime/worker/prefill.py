@@ -122,7 +122,12 @@ class PrefillWorker:
         pool = PagePool(hello.pages, hello.page_size)
         scheduler = PrefillScheduler(hello.stages, pool, planner)
         leader = Leader(
-            scheduler, pool, self.stage, model_digest=hello.model_digest, reply=self._reply
+            scheduler,
+            pool,
+            self.stage,
+            model_digest=hello.model_digest,
+            reply=self._reply,
+            on_change=self._moved.set,
         )
         self._clients = [
             ControlClient(
@@ -267,13 +272,13 @@ class PrefillWorker:
     def _on_broken(self, reason: str) -> None:
         assert self.leader is not None
         self.leader.broken(reason)
-        self._moved.set()
 
     def _to_leader(self, message: Message) -> None:
-        self._moved.set()
         if self.leader is not None:
             self.leader.from_stage(message)
-        elif self._leader_session is not None:
+            return
+        self._moved.set()
+        if self._leader_session is not None:
             with contextlib.suppress(LinkDown):
                 self._leader_session.send(message)
 

@@ -9,11 +9,14 @@ import pytest
 
 from penstock_runtime.transfer.in_memory import Fabric, InMemoryTransfer
 from penstock_runtime.worker import prefill
+from penstock_wire.messages import StepDone
 from tests.integration.system import checkpoint
 from tests.integration.system.service import Shape, eventually, running
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from penstock_wire.messages import Message
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,31 @@ async def test_a_stage_stays_for_its_leaders_prompts_and_leaves_after_it(
         await leader.close()
         async with asyncio.timeout(30):
             await leaving
+
+
+async def test_a_leader_leaves_when_the_other_stages_are_the_last_to_finish(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends the last prompt is then a message, and nothing that this stage does."""
+    fabric = Fabric()
+    async with running(model, tmp_path, Shape(), lambda: InMemoryTransfer(fabric)) as service:
+        leader, stage = service.stages
+        held: list[Message] = []
+        said = stage.stage._to_leader
+        monkeypatch.setattr(stage.stage, "_to_leader", held.append)
+        prompt = tuple(n % checkpoint.EOS for n in range(200))
+        answer = asyncio.create_task(service.complete(prompt, 4))
+
+        async def all_held() -> bool:
+            return any(isinstance(message, StepDone) for message in held) and not stage.stage.busy
+
+        await eventually(all_held, "stage 1 to have done its part")
+        leaving = asyncio.create_task(leader.drain(600))
+        await asyncio.sleep(prefill._NEWS_SECONDS + 0.2)
+        assert not leaving.done()
+        monkeypatch.setattr(stage.stage, "_to_leader", said)
+        for message in held:
+            said(message)
+        async with asyncio.timeout(30):
+            await leaving
+        assert (await answer).tokens == checkpoint.Reference(model).greedy(prompt, 4)
