@@ -42,9 +42,20 @@ def load(running: Service) -> Iterator[Load]:
     load.check()
 
 
-def settle(service: Service) -> None:
+def settle(service: Service, crashing: Release | None = None) -> None:
+    """Apply and wait; with `crashing`, the operator is killed once it has begun to act on it."""
     service.apply()
+    if crashing is not None:
+        until("the operator has begun", lambda: seen(service), seconds=60)
+        crashing.kill()
     service.wait_until_settled(seconds=_ROLLOUT_SECONDS)
+
+
+def seen(service: Service) -> bool:
+    """Whether the operator has taken up the newest spec."""
+    found = service.read()
+    conditions = found["status"]["conditions"]
+    return all(c["observedGeneration"] == found["metadata"]["generation"] for c in conditions)
 
 
 def set_chunks(service: Service, tokens: int) -> None:
@@ -64,7 +75,9 @@ def arguments(service: Service, role: str) -> list[str]:
     return found
 
 
-def test_a_new_revision_and_its_rollback(running: Service, load: Load) -> None:
+def test_a_new_revision_and_its_rollback(
+    running: Service, load: Load, operator_installed: Release
+) -> None:
     before = revisions(running)
     set_chunks(running, 256)
     settle(running)
@@ -77,16 +90,18 @@ def test_a_new_revision_and_its_rollback(running: Service, load: Load) -> None:
 
     for role in ("prefill", "decode"):
         del running.spec[role]["chunkedPrefill"]
-    settle(running)
+    settle(running, crashing=operator_installed)
     assert revisions(running) == before
 
 
-def test_a_second_change_in_mid_rollout(running: Service, load: Load) -> None:
+def test_a_second_change_in_mid_rollout(
+    running: Service, load: Load, operator_installed: Release
+) -> None:
     set_chunks(running, 512)
     running.apply()
     running.wait_for("Progressing", "True", reason="RevisionMixed")
     set_chunks(running, 1024)
-    settle(running)
+    settle(running, crashing=operator_installed)
     for role in ("prefill", "decode"):
         assert "1024" in arguments(running, role)
         assert (
@@ -96,13 +111,17 @@ def test_a_second_change_in_mid_rollout(running: Service, load: Load) -> None:
     load.check()
 
 
-def test_each_role_is_scaled_up_and_down(running: Service, load: Load) -> None:
+@pytest.mark.parametrize("crash", [False, True], ids=["", "while-the-operator-crashes"])
+def test_each_role_is_scaled_up_and_down(
+    running: Service, load: Load, operator_installed: Release, crash: bool
+) -> None:
+    crashing = operator_installed if crash else None
     for role, up, down in (("decode", 3, 1), ("router", 3, 1), ("prefill", 2, 1)):
         running.spec[role]["replicas"] = up
-        settle(running)
+        settle(running, crashing)
         assert running.read()["status"][role]["ready"] == up
         running.spec[role]["replicas"] = down
-        settle(running)
+        settle(running, crashing)
         assert running.read()["status"][role]["ready"] == down
         load.check()
     running.spec["decode"]["replicas"] = running.spec["router"]["replicas"] = 2
@@ -147,11 +166,16 @@ def test_a_restart_of_the_operator_changes_nothing(
     assert running.read()["metadata"]["resourceVersion"] == version
 
 
-def test_a_node_is_drained(running: Service, load: Load, cluster: Cluster) -> None:
+def test_a_node_is_drained(
+    running: Service, load: Load, cluster: Cluster, operator_installed: Release
+) -> None:
+    """With the operator crashing in the middle of it."""
     node = cluster.settings.node_names[-1]
-    drain = ("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=600s")
+    drain = ("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=300s")
     try:
-        cluster.kubectl(*drain, seconds=660)
+        cluster.kubectl("cordon", node)
+        operator_installed.kill()
+        cluster.kubectl(*drain, seconds=360)
         running.wait_for("Ready", seconds=_ROLLOUT_SECONDS)
         assert not [p for p in running.pods() if p["spec"]["nodeName"] == node]
         load.goes_on()
