@@ -47,6 +47,9 @@ def main() -> None:
     while not stop.wait(0.2):
         pass
     time.sleep(args.fake_drain)
+    if shared is not None:
+        shared.shutdown()
+        shared.server_close()  # waits for the answers that are under way
     print("drained", flush=True)
     os._exit(0)
 
@@ -91,6 +94,7 @@ class _Server(ThreadingHTTPServer):
         inherited = socket.socket(fileno=descriptor)
         inherited.setblocking(False)  # whoever shares it may be faster to accept
         server = _Server(("", 0), self.args, self.kind, inherited)
+        server.daemon_threads = False
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         return server
 
