@@ -199,8 +199,19 @@ class Prefill(RoleSpec):
     pipeline_parallel: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
     """Stages of a group; each holds a part of the layers on its own pod. Default 1. More stages
     shorten the time to first token of long prompts and let a larger model fit."""
+    layers_per_stage: (
+        Annotated[
+            list[Annotated[int, Field(ge=1, le=1024, strict=True)]],
+            Field(min_length=1, max_length=64),
+        ]
+        | None
+    ) = None
+    """Layers of each stage, such as [9, 9, 8]: fewer for a stage on slower hardware. Default: the
+    same for all; `penstock explain-chunks --layers` says from a running group what would be
+    faster."""
     tensor_parallel: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
-    """Devices a stage. Default 1, the only value available yet."""
+    """Ranks a stage: they share every layer, each on a GPU of its own or with its part of the
+    cores. Must divide the model's attention heads. Default 1."""
     chunked_prefill: ChunkedPrefill = ChunkedPrefill()
     """How prompts are cut into chunks. Default: adaptive, of at most 2048 tokens."""
 
@@ -209,7 +220,8 @@ class Decode(RoleSpec):
     """Workers that own requests, hold all layers and give the tokens."""
 
     tensor_parallel: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
-    """Devices a worker. Default 1, the only value available yet."""
+    """Ranks a worker: they share every layer, each on a GPU of its own or with its part of the
+    cores. Must divide the model's attention heads. Prefill may have another number. Default 1."""
     chunked_prefill: ChunkedPrefill = ChunkedPrefill()
     """How a decode worker cuts the prompts that it prefills itself. Default: adaptive, of at most
     512 tokens."""

@@ -1,49 +1,13 @@
-"""What a manifest asks for that cannot be given. Pure: reasons, no reading of models.
-
-`unavailable` needs the manifest alone, `model_problems` the checkpoint's config.json as well.
-"""
+"""What a manifest asks for that its model cannot give. Pure: no reading of models."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from penstock_operator.errors import Problem
-from penstock_operator.rules import Rule
 
 if TYPE_CHECKING:
     from penstock_operator.api import InferenceService
-
-_ONE_DEVICE = (
-    "more than 1 is not available yet: a worker computes on one device; use 1, and "
-    "prefill.pipelineParallel to spread the layers"
-)
-NOT_YET: tuple[Rule, ...] = (
-    Rule(
-        lambda spec: spec.decode.tensor_parallel == 1,
-        "self.decode.tensorParallel == 1",
-        _ONE_DEVICE,
-        "decode.tensorParallel",
-    ),
-    Rule(
-        lambda spec: spec.prefill is None or spec.prefill.tensor_parallel == 1,
-        "!has(self.prefill) || self.prefill.tensorParallel == 1",
-        _ONE_DEVICE,
-        "prefill.tensorParallel",
-    ),
-)
-"""Of the spec: what the schema has a place for but this release cannot do."""
-
-
-def unavailable(service: InferenceService) -> list[Problem]:
-    """Return what the schema has a place for but this release cannot do yet.
-
-    Not part of `loader`: a stored object that asks for it can still be read, and be told so.
-    """
-    return [
-        Problem(f"spec.{rule.field}", rule.message)
-        for rule in NOT_YET
-        if not rule.holds(service.spec)
-    ]
 
 
 def model_problems(service: InferenceService, config: dict[str, Any]) -> list[Problem]:
@@ -60,6 +24,14 @@ def model_problems(service: InferenceService, config: dict[str, Any]) -> list[Pr
                 "spec.prefill.pipelineParallel",
                 f"{stages} stages cannot share {layers} layers: every stage holds at least one; "
                 f"use at most {layers}",
+            )
+        )
+    dealt = spec.prefill.layers_per_stage if spec.prefill else None
+    if isinstance(layers, int) and dealt is not None and sum(dealt) != layers:
+        problems.append(
+            Problem(
+                "spec.prefill.layersPerStage",
+                f"{sum(dealt)} layers in all, the model has {layers}",
             )
         )
     for role, part in (("prefill", spec.prefill), ("decode", spec.decode)):

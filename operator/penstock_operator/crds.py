@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 import yaml
 from pydantic import BaseModel
 
-from penstock_operator.api import InferenceService, Observed, Spec
-from penstock_operator.checks import NOT_YET
+from penstock_operator.api import InferenceService, Observed
 from penstock_operator.rules import rules_of
 from penstock_operator.scaler import RoleScaler
 
@@ -210,7 +209,7 @@ class _Structural:
         }
         if plain.get("required"):
             schema["required"] = list(plain["required"])
-        rules = [*rules_of(model), *(NOT_YET if model is Spec else ())]
+        rules = rules_of(model)
         if rules:
             schema["x-kubernetes-validations"] = [_validation(rule) for rule in rules]
         return schema

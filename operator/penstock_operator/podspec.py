@@ -21,7 +21,14 @@ from penstock_operator.model_volume import (
 from penstock_operator.quantity import canonical_quantity, parse_quantity
 
 if TYPE_CHECKING:
-    from penstock_operator.api import ChunkedPrefill, InferenceService, Resources, RoleSpec
+    from penstock_operator.api import (
+        ChunkedPrefill,
+        Decode,
+        InferenceService,
+        Prefill,
+        Resources,
+        RoleSpec,
+    )
     from penstock_operator.labels import Role
 
 Object: TypeAlias = dict[str, Any]
@@ -175,11 +182,20 @@ def _worker_args(
         domain = f"{workers_service(service)}.{service.metadata.namespace}.svc"
         args += ["--group", group, "--stage", "$(POD_INDEX)"]
         args += ["--stages", str(spec.prefill.pipeline_parallel)]
+        if spec.prefill.layers_per_stage is not None:
+            args += ["--layers-per-stage", ",".join(map(str, spec.prefill.layers_per_stage))]
         args += ["--peers", f"{group}-{{i}}.{domain}:{labels.CONTROL_PORT}"]
+        args += _rank_args(spec.prefill)
         args += _chunk_args(spec.prefill.chunked_prefill, PREFILL_CHUNK_TOKENS)
     elif role == "decode":
+        args += _rank_args(spec.decode)
         args += _chunk_args(spec.decode.chunked_prefill, DECODE_CHUNK_TOKENS)
     return [*args, "--drain-seconds", str(DRAIN_SECONDS), "--revision", revision]
+
+
+def _rank_args(part: Prefill | Decode) -> list[str]:
+    ranks = part.tensor_parallel
+    return ["--tensor-parallel", str(ranks)] if ranks > 1 else []
 
 
 def _chunk_args(chunks: ChunkedPrefill, default_tokens: int) -> list[str]:

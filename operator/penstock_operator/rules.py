@@ -158,6 +158,13 @@ _REPLICAS = Rule(
     "replicas and autoscaling exclude each other: keep one",
 )
 
+_GPU_EACH_RANK = Rule(
+    lambda role: role.resources.gpu == 0 or role.resources.gpu >= role.tensor_parallel,
+    "self.resources.gpu == 0 || self.resources.gpu >= self.tensorParallel",
+    "every rank of tensorParallel computes on a GPU of its own: ask for as many in resources.gpu",
+    "resources.gpu",
+)
+
 _NEEDS_GPU = "workers compute on cuda, which needs at least 1 GPU each"
 _SPEC = (
     Rule(
@@ -223,6 +230,19 @@ RULES: dict[type[BaseModel], tuple[Rule, ...]] = {
         ),
     ),
     api.RoleSpec: (_REPLICAS,),
+    api.Prefill: (
+        _GPU_EACH_RANK,
+        Rule(
+            lambda prefill: (
+                prefill.layers_per_stage is None
+                or len(prefill.layers_per_stage) == prefill.pipeline_parallel
+            ),
+            "!has(self.layersPerStage) || self.layersPerStage.size() == self.pipelineParallel",
+            "layersPerStage has one number for each of the pipelineParallel stages",
+            "layersPerStage",
+        ),
+    ),
+    api.Decode: (_GPU_EACH_RANK,),
     api.Router: (
         Rule(
             lambda router: router.autoscaling is None or router.autoscaling.min_replicas > 0,

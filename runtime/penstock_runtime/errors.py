@@ -2,7 +2,8 @@
 
     PenstockRuntimeError
     ├── ConfigurationError     a setting or the model cannot be served: fix it and start again
-    └── PipelineBroken         an epoch of a prefill group ended: a newer one will be formed
+    ├── PipelineBroken         an epoch of a prefill group ended: a newer one will be formed
+    └── RankLost               another rank of this worker ended: the worker ends, too
 
 Transfers raise `transfer.base.TransferError`, control links `penstock_wire.sockets.LinkDown`.
 """
@@ -20,3 +21,7 @@ class ConfigurationError(PenstockRuntimeError):
 
 class PipelineBroken(PenstockRuntimeError):  # noqa: N818 - it names the event
     """The epoch ended while something waited for a neighbour."""
+
+
+class RankLost(PenstockRuntimeError):  # noqa: N818 - it names the event
+    """Another rank of this worker ended: what they compute together cannot go on."""

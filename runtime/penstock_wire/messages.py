@@ -31,7 +31,7 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """Largest control message. A million tokens are 4 MiB, a snapshot of a million blocks 16 MiB."""
 
@@ -252,11 +252,19 @@ class Load(Message, frozen=True, kw_only=True, tag="load"):
 # --- decode ↔ prefill -------------------------------------------------------------------------
 
 
-class KvTarget(Struct, frozen=True, kw_only=True):
-    """A decode worker's KV arena as one prefill group sees it, valid for one incarnation.
+class KvArenaAddress(Struct, frozen=True, kw_only=True):
+    """The KV pages of one rank of a decode worker."""
 
-    Page p's bytes of layer l begin at base + p * page_stride + (l - layers[0]) * layer_stride, and
-    a stage's layers are one contiguous range of a page.
+    base: int
+    heads: tuple[int, int]
+    """The KV heads in it, [first, last)."""
+
+
+class KvTarget(Struct, frozen=True, kw_only=True):
+    """A decode worker's KV memory as one prefill group sees it, valid for one incarnation.
+
+    How a page lies in an arena follows from the KV layout that both sides have, see
+    `transfer.page_ranges`.
     """
 
     receiver: Name
@@ -265,9 +273,8 @@ class KvTarget(Struct, frozen=True, kw_only=True):
     """Raised by every fence; links of older incarnations are dead."""
     agent: bytes
     """Transfer metadata of the receiving agent."""
-    base: int
-    page_stride: int
-    layer_stride: int
+    arenas: Annotated[tuple[KvArenaAddress, ...], Meta(min_length=1, max_length=64)]
+    """One a rank."""
     pages: int
     layers: tuple[int, int]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
-from penstock_operator import checks, manifests, planner, podspec
+from penstock_operator import manifests, planner, podspec
 from penstock_operator.api import Router, Status
 from penstock_operator.cluster.executor import Scene
 from penstock_operator.cluster.kinds import SERVICE
@@ -279,11 +279,7 @@ class Reconciler:
 def _parse(raw: Object) -> InferenceService:
     """Return the service. Raises ManifestError for one that cannot be carried out."""
     kept = {name: value for name, value in raw.items() if name != "status"}
-    service = parse_manifest(kept)
-    problems = checks.unavailable(service)
-    if problems:
-        raise ManifestError(problems)
-    return service
+    return parse_manifest(kept)
 
 
 def _router_port(raw: Object) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from penstock_operator.api import Status
-from penstock_operator.checks import model_problems, unavailable
+from penstock_operator.checks import model_problems
 from penstock_operator.errors import (
     ManifestError,
     NotRunning,
@@ -71,7 +71,7 @@ def renamed(service: InferenceService, name: str | None) -> InferenceService:
 
 def check_runs_here(service: InferenceService) -> None:
     """Raise ManifestError unless this machine can run the service."""
-    problems = unavailable(service)
+    problems: list[Problem] = []
     uri = service.spec.model.uri
     if service.spec.model.scheme not in _RUNNABLE_SCHEMES:
         reason = f"{uri} can be read in a cluster only; on one machine use file://, hf:// or s3://"

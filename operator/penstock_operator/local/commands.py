@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, cast
 import yaml
 
 from penstock_operator import manifests
-from penstock_operator.checks import unavailable
 from penstock_operator.crds import DEFINITIONS, crd_text
-from penstock_operator.errors import ManifestError, NotRunning, ServiceFailed, StateError
+from penstock_operator.errors import NotRunning, ServiceFailed, StateError
 from penstock_operator.local import client, tables
 from penstock_operator.local.desired import api_key_file, read_desired
 from penstock_operator.local.follow import LogReader
@@ -182,9 +181,6 @@ def logs(args: Namespace) -> int:
 def render(args: Namespace) -> int:
     """Print the Kubernetes objects of a manifest."""
     service = client.renamed(client.read_manifest(args.file), args.name)
-    problems = unavailable(service)
-    if problems:
-        raise ManifestError(problems, source=f"the manifest of {service.name}")
     pair = Keys.generate() if args.with_keys else None
     keys = {PUBLIC_FILE: pair.public.decode(), SECRET_FILE: pair.secret.decode()} if pair else None
     objects = manifests.render(service, manifests.Inputs(keys=keys))

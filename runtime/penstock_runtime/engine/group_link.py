@@ -20,6 +20,7 @@ from penstock_runtime.transfer.base import TransferError
 from penstock_wire import messages
 from penstock_wire.messages import (
     ChunkDelivered,
+    KvArenaAddress,
     KvTarget,
     LinkEcho,
     LinkFailed,
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable, Iterator, Sequence
 
-    from penstock_runtime.kvcache.base import KVLayout
-    from penstock_runtime.transfer.base import Agent, Region, Transfer
+    from penstock_runtime.transfer.base import Agent, Transfer
     from penstock_runtime.transfer.ownership import Delivery, GrantLedger, Revocation
+    from penstock_runtime.transfer.page_ranges import KvArena
     from penstock_wire.messages import Control, GroupAddress, Hello
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,7 @@ class GroupLink:
         hello: this worker's; stages whose model or KV layout differ are not used.
         connect: makes a control client (address, on_message, on_state).
         transfer: opens agents.
-        arena: the KV pool's memory.
-        layout: of this worker's pages: all layers.
+        arenas: the KV pool's memory, all layers; one a rank.
         ledger: of all grants of this worker.
         incarnations: numbers that no group of this worker has used.
         owner: is told how grants end.
@@ -97,8 +97,7 @@ class GroupLink:
         hello: Hello,
         connect: Connect,
         transfer: Transfer,
-        arena: Region,
-        layout: KVLayout,
+        arenas: Sequence[KvArena],
         ledger: GrantLedger,
         incarnations: Iterator[int],
         owner: GrantOwner,
@@ -107,8 +106,7 @@ class GroupLink:
         self.group = group
         self._hello = hello
         self._transfer = transfer
-        self._arena = arena
-        self._layout = layout
+        self._arenas = arenas
         self._ledger = ledger
         self._incarnations = incarnations
         self._owner = owner
@@ -229,16 +227,16 @@ class GroupLink:
                 self.group.name,
             )
             return
-        layout = self._layout
         target = KvTarget(
             receiver=f"{ours.name}/{ours.boot_id}",
             incarnation=self._incarnation,
             agent=self._agent.metadata,
-            base=self._arena.address,
-            page_stride=layout.page_bytes,
-            layer_stride=layout.layer_bytes,
+            arenas=tuple(
+                KvArenaAddress(base=arena.region.address, heads=arena.heads)
+                for arena in self._arenas
+            ),
             pages=ours.pages,
-            layers=(layout.first_layer, layout.last_layer),
+            layers=ours.layers,
         )
         with contextlib.suppress(LinkDown):
             client.send(OpenLink(target=target))
@@ -336,7 +334,7 @@ class GroupLink:
         try:
             self._agent = await self._transfer.open(
                 f"{name}/{secrets.token_hex(4)}",
-                [self._arena],
+                [arena.region for arena in self._arenas],
                 lambda payload: self._on_notify(incarnation, payload),
             )
         except TransferError as error:

@@ -16,9 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-
-from penstock_runtime.transfer.base import PeerLost, Region, TransferError, TransferTimeout
+from penstock_runtime.transfer.base import PeerLost, TransferError, TransferTimeout
+from penstock_runtime.transfer.page_ranges import Side, page_ranges
 from penstock_runtime.transfer.writer import GrantRevokedError, LinkDownError, WriterLedger
 from penstock_wire import messages
 from penstock_wire.messages import (
@@ -39,7 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
     from penstock_runtime.kvcache.base import KVLayout
-    from penstock_runtime.transfer.base import Agent, Ranges, Transfer
+    from penstock_runtime.transfer.base import Agent, Transfer
+    from penstock_runtime.transfer.page_ranges import KvArena
     from penstock_runtime.transfer.writer import LinkOperation
     from penstock_wire.messages import Admit
 
@@ -89,13 +89,13 @@ class KvWriter:
         self,
         transfer: Transfer,
         identity: StageIdentity,
-        pool: Region,
+        arenas: Sequence[KvArena],
         layout: KVLayout,
         settings: KvWriterSettings | None = None,
     ) -> None:
         self._transfer = transfer
         self._identity = identity
-        self._pool = pool
+        self._arenas = arenas
         self._layout = layout
         self._settings = settings or KvWriterSettings()
         self._links: dict[str, _Link] = {}
@@ -138,7 +138,9 @@ class KvWriter:
         ledger.link_opened(target.incarnation)
         who = self._identity
         agent = await self._transfer.open(
-            f"{who.name}/{who.boot_id}/kv/{secrets.token_hex(8)}", [self._pool], _ignore
+            f"{who.name}/{who.boot_id}/kv/{secrets.token_hex(8)}",
+            [arena.region for arena in self._arenas],
+            _ignore,
         )
         link = _Link(target, reply, agent, secrets.token_bytes(16), ledger)
         if self._ledgers.get(target.receiver) is not ledger or (
@@ -220,7 +222,8 @@ class KvWriter:
             start=start,
             end=end,
         )
-        local, remote = self._ranges(link, admit, first, last)
+        ours, theirs = self._ours(admit, first, last), self._theirs(link, admit, first, last)
+        local, remote = page_ranges(self._layout, ours.layers, ours, theirs)
         await self._carry_out(
             link,
             operation,
@@ -241,7 +244,8 @@ class KvWriter:
             operation = link.ledger.begin_read(admit.grant, admit.incarnation)
         except (GrantRevokedError, LinkDownError) as error:
             raise PeerLost(str(error)) from error
-        local, remote = self._ranges(link, admit, first, last)
+        ours, theirs = self._ours(admit, first, last), self._theirs(link, admit, first, last)
+        remote, local = page_ranges(self._layout, ours.layers, theirs, ours)
         await self._carry_out(
             link,
             operation,
@@ -282,17 +286,15 @@ class KvWriter:
             raise PeerLost(f"the link to {admit.receiver} is closed")
         return link
 
-    def _ranges(self, link: _Link, admit: Admit, first: int, last: int) -> tuple[Ranges, Ranges]:
-        layout, target = self._layout, link.target
-        layer = layout.first_layer - target.layers[0]
-        local = _pages(self._pool.address, admit.pages[first:last], layout.page_bytes)
-        remote = _pages(
-            target.base + layer * target.layer_stride,
-            admit.target_pages[first:last],
-            target.page_stride,
-        )
-        remote[:, 1] = layout.page_bytes
-        return local, remote
+    def _ours(self, admit: Admit, first: int, last: int) -> Side:
+        layout = self._layout
+        arenas = [(arena.region.address, arena.heads) for arena in self._arenas]
+        return Side(arenas, (layout.first_layer, layout.last_layer), admit.pages[first:last])
+
+    def _theirs(self, link: _Link, admit: Admit, first: int, last: int) -> Side:
+        target = link.target
+        arenas = [(arena.base, arena.heads) for arena in target.arenas]
+        return Side(arenas, target.layers, admit.target_pages[first:last])
 
     # --- ends ----------------------------------------------------------------------------------
 
@@ -333,13 +335,6 @@ class KvWriter:
     def _tell(self, link: _Link, message: Message) -> None:
         with contextlib.suppress(LinkDown):
             link.reply(message)
-
-
-def _pages(base: int, pages: Sequence[int], stride: int) -> Ranges:
-    ranges = np.empty((len(pages), 2), np.uint64)
-    ranges[:, 0] = base + np.asarray(pages, np.uint64) * np.uint64(stride)
-    ranges[:, 1] = stride
-    return ranges
 
 
 def _ignore(_: bytes) -> None:

@@ -1,4 +1,7 @@
-"""What runs on the compute thread: a stage's chunks, or a decode worker's batch with sampling."""
+"""What runs on the compute thread: a stage's chunks, or a decode worker's batch with sampling.
+
+With tensor parallelism rank 0 tells the others each step, and then all compute it together.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from penstock_runtime.attention.base import Segment
+from penstock_runtime.engine.rank_step import NoFollowers, RankStep
 from penstock_runtime.engine.sampler import SamplingRow, sample
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from penstock_runtime.engine.rank_step import Followers
     from penstock_runtime.kvcache.tensors import PoolTensor
     from penstock_runtime.model.transformer import Transformer
     from penstock_runtime.scheduler.batch import Batch
@@ -21,10 +26,18 @@ if TYPE_CHECKING:
 class StageRunner:
     """One stage's layers over a step's chunks."""
 
-    def __init__(self, model: Transformer, pool: PoolTensor, *, embeds: bool) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        pool: PoolTensor,
+        *,
+        embeds: bool,
+        followers: Followers | None = None,
+    ) -> None:
         self._model = model
         self._pool = pool
         self._embeds = embeds
+        self._followers = followers or NoFollowers()
         self.page_size = pool.layout.page_size
 
     def run(self, hidden_or_tokens: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
@@ -34,44 +47,77 @@ class StageRunner:
             hidden_or_tokens: token ids (T,) if this stage embeds, else hidden states (T, D).
             segments: the chunks, in the order of the rows.
         """
-        model = self._model
-        inputs = hidden_or_tokens.to(model.device)
-        hidden_TD = model.embed(inputs) if self._embeds else inputs
-        plan = model.attention.plan(segments, self.page_size, model.device)
-        return model.forward(hidden_TD, _positions(segments, model.device), plan, self._pool.tensor)
+        inputs = hidden_or_tokens.to(self._model.device)
+        if self._embeds:
+            tokens = hidden_or_tokens.to(torch.int32).numpy().tobytes()
+            self._followers.tell(RankStep.of(segments, tokens))
+            hidden_TD = self._model.embed(inputs)
+        else:
+            self._followers.tell(RankStep.of(segments, b""))
+            hidden_TD = self._model.ranks.share(inputs)
+        return forward(self._model, self._pool, hidden_TD, segments)
 
 
 class DecodeRunner:
     """A decode worker's batches: forward, head, sampler."""
 
-    def __init__(self, model: Transformer, pool: PoolTensor) -> None:
+    def __init__(
+        self, model: Transformer, pool: PoolTensor, followers: Followers | None = None
+    ) -> None:
         self._model = model
         self._pool = pool
-        self._page_size = pool.layout.page_size
+        self._followers = followers or NoFollowers()
 
     def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[TokenOut]:
         """Compute a batch; return the chosen token of each of `batch.sampled`, in order.
 
         Raises BrokenLogits if the model gives no number to choose by.
         """
-        model = self._model
         segments = [Segment(start=s.start, length=s.length, pages=s.pages) for s in batch.segments]
-        tokens = torch.cat(
-            [torch.frombuffer(s.tokens, dtype=torch.int32) for s in batch.segments]
-        ).to(device=model.device, dtype=torch.int64)
-        plan = model.attention.plan(segments, self._page_size, model.device)
-        hidden_TD = model.forward(
-            model.embed(tokens), _positions(segments, model.device), plan, self._pool.tensor
-        )
+        tokens = b"".join(memoryview(s.tokens).cast("B") for s in batch.segments)
         last, row = [], -1
         for segment in batch.segments:
             row += segment.length
             if segment.sample:
                 last.append(row)
-        if not last:
-            return []
-        return sample(model.logits(hidden_TD[last]), rows)
+        self._followers.tell(RankStep.of(segments, tokens, last))
+        hidden_TD = forward(
+            self._model, self._pool, self._model.embed(_ids(tokens, self._model)), segments
+        )
+        return sample(self._model.logits(hidden_TD[last]), rows) if last else []
 
 
-def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
-    return torch.cat([torch.arange(s.start, s.start + s.length) for s in segments]).to(device)
+class FollowingRunner:
+    """The part of a rank that is told its steps."""
+
+    def __init__(self, model: Transformer, pool: PoolTensor) -> None:
+        self._model = model
+        self._pool = pool
+
+    def follow(self, step: RankStep) -> None:
+        """Compute this rank's part of a step; what comes of it is with rank 0."""
+        model, segments = self._model, step.batch()
+        if step.tokens:
+            hidden_TD = model.embed(_ids(step.tokens, model))
+        else:
+            shape = (sum(segment.length for segment in segments), model.config.hidden_size)
+            hidden_TD = model.ranks.share(
+                torch.empty(shape, dtype=model.dtype, device=model.device)
+            )
+        hidden_TD = forward(model, self._pool, hidden_TD, segments)
+        if step.logit_rows:
+            model.logits(hidden_TD[list(step.logit_rows)])
+
+
+def forward(
+    model: Transformer, pool: PoolTensor, hidden_TD: torch.Tensor, segments: Sequence[Segment]
+) -> torch.Tensor:
+    """Return the hidden states (T, D) behind the model's layers; KV goes into the pool."""
+    plan = model.attention.plan(segments, pool.layout.page_size, model.device)
+    positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in segments])
+    return model.forward(hidden_TD, positions.to(model.device), plan, pool.tensor)
+
+
+def _ids(tokens: bytes, model: Transformer) -> torch.Tensor:
+    ids = torch.frombuffer(bytearray(tokens), dtype=torch.int32)
+    return ids.to(device=model.device, dtype=torch.int64)

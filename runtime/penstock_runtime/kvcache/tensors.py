@@ -23,15 +23,28 @@ class PoolTensor:
     """
 
     def __init__(
-        self, layout: KVLayout, pages: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        layout: KVLayout,
+        pages: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: torch.Tensor | None = None,
     ) -> None:
-        """Allocate. Raises ValueError if `dtype` does not fit `layout.itemsize`."""
+        """Take memory, or use `memory`: bytes that start on an ALIGNMENT border, zeroed here.
+
+        Raises ValueError if `dtype` does not fit `layout.itemsize`.
+        """
         if dtype.itemsize != layout.itemsize:
             raise ValueError(f"{dtype} has {dtype.itemsize} bytes, the layout {layout.itemsize}")
         self.layout = layout
         self.pages = pages
         shape = layout.shape(pages)
-        self.tensor = _aligned_empty(math.prod(shape), dtype, device).view(shape).zero_()
+        if memory is None:
+            flat = _aligned_empty(math.prod(shape), dtype, device)
+        else:
+            flat = memory.view(dtype)[: math.prod(shape)]
+        self.tensor = flat.view(shape).zero_()
         self.nbytes = pages * layout.page_bytes
         self._layers = [self.tensor[:, index] for index in range(layout.layers)]
 

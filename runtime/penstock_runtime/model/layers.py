@@ -17,6 +17,7 @@ from penstock_runtime.model.rope import interleave_rows, rotate_
 
 if TYPE_CHECKING:
     from penstock_runtime.attention.base import AttentionBackend
+    from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.linear import Linear
 
@@ -122,30 +123,66 @@ class FeedForward:
 
 
 class DecoderLayer:
-    """Attention and feed-forward, each with a norm before and a residual around it."""
+    """Attention and feed-forward, each with a norm before and a residual around it.
 
-    def __init__(self, tensors: Tensors, config: ModelConfig) -> None:
+    A rank has some of the heads and some of the feed-forward: its outputs are summed over all.
+    """
+
+    def __init__(self, tensors: Tensors, config: ModelConfig, ranks: Collective) -> None:
         self._attention_norm = RmsNorm(tensors["input_layernorm.weight"], config.norm_eps)
         self._attention = Attention(tensors, config)
         self._mlp_norm = RmsNorm(tensors["post_attention_layernorm.weight"], config.norm_eps)
         self._mlp = FeedForward(tensors, config)
+        self._sum = ranks.sum
 
     def __call__(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
         """Add the layer's contribution to x, in place."""
-        x_TD += self._attention(self._attention_norm(x_TD), step, kv_layer)
-        x_TD += self._mlp(self._mlp_norm(x_TD))
+        x_TD += self._sum(self._attention(self._attention_norm(x_TD), step, kv_layer))
+        x_TD += self._sum(self._mlp(self._mlp_norm(x_TD)))
+
+
+class Embedding:
+    """From token ids to hidden states. A rank has the rows [first, first + V) of the vocabulary."""
+
+    def __init__(self, weight_VD: torch.Tensor, first: int, ranks: Collective) -> None:
+        self._weight = weight_VD
+        self._first = first
+        self._ranks = ranks
+
+    def __call__(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """Return (T, D)."""
+        if self._ranks.size == 1:
+            return functional.embedding(token_ids_T, self._weight)
+        rows_T = token_ids_T - self._first
+        others_T = (rows_T < 0) | (rows_T >= len(self._weight))
+        found_TD = functional.embedding(rows_T.masked_fill(others_T, 0), self._weight)
+        # All but one rank add zeros, so the sum is exact. Not every backend sums half precision.
+        mine_TD = found_TD.masked_fill_(others_T[:, None], 0).float()
+        return self._ranks.sum(mine_TD).to(self._weight.dtype)
 
 
 class Head:
-    """From the last layer's output to logits: the final norm, then the projection."""
+    """From the last layer's output to logits: the final norm, then the projection.
 
-    def __init__(self, norm_D: torch.Tensor, weight_VD: torch.Tensor, config: ModelConfig) -> None:
+    A rank has `widths[rank]` columns of the logits.
+    """
+
+    def __init__(
+        self,
+        norm_D: torch.Tensor,
+        weight_VD: torch.Tensor,
+        config: ModelConfig,
+        ranks: Collective,
+        widths: list[int],
+    ) -> None:
         self._norm = RmsNorm(norm_D, config.norm_eps)
         self._project = make_linear(weight_VD, None)
+        self._ranks = ranks
+        self._widths = widths
 
     def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
-        """Return (R, V)."""
-        return self._project(self._norm(x_RD))
+        """Return (R, V); on ranks other than 0 their own columns of it."""
+        return self._ranks.join_columns(self._project(self._norm(x_RD)), self._widths)
 
 
 def _rows(tensors: Tensors, config: ModelConfig, kind: str) -> torch.Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from penstock_runtime.model.layers import DecoderLayer, Head
+from penstock_runtime.model.collective import Alone
+from penstock_runtime.model.layers import DecoderLayer, Embedding, Head
 from penstock_runtime.model.linear import compute_dtype
+from penstock_runtime.model.shard import ADDED_ONCE, Shard
 
 if TYPE_CHECKING:
     import torch
 
+    from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
+    from penstock_runtime.model.shard import Cut
     from penstock_runtime.model.weights import Checkpoint, Progress
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
@@ -24,21 +28,33 @@ _HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What one stage holds of a model."""
+    """What one rank of a stage holds of a model."""
 
     config: ModelConfig
     layers: tuple[int, int]
     """The half-open range [a, b)."""
     embed: bool
     head: bool
+    collective: Collective = field(default_factory=Alone)
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of every layer."""
+        return Shard(self.collective.rank, self.collective.size)
+
+    def layer_names(self) -> list[str]:
+        """Return a layer's tensors that this rank holds, or a part of them, without prefix."""
+        names = layer_shapes(self.config)
+        return [name for name in names if not self.collective.rank or name not in ADDED_ONCE]
 
     def shapes(self) -> Shapes:
-        """Return the tensors of this part, by their full names."""
+        """Return the whole tensors that this part is read from, by their full names."""
         config = self.config
         vocabulary = (config.vocab_size, config.hidden_size)
         shapes: Shapes = {}
+        whole = layer_shapes(config)
         for index in range(*self.layers):
-            shapes |= {_full(index, name): shape for name, shape in layer_shapes(config).items()}
+            shapes |= {_full(index, name): whole[name] for name in self.layer_names()}
         if self.embed:
             shapes[_EMBEDDING] = vocabulary
         if self.head:
@@ -85,39 +101,59 @@ class Loader:
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """Raises WeightsError naming the tensors that `checkpoint` lacks."""
-        self._config = part.config
+        """Raises WeightsError naming the tensors that `checkpoint` lacks.
+
+        Raises ModelConfigError if the model cannot be divided among so many ranks.
+        """
+        self._part = part
+        self._config = part.shard.local(part.config)
+        self._names = part.layer_names()
+        self._cuts = part.shard.layer_cuts(part.config) if part.collective.size > 1 else {}
         self._shapes = part.shapes()
         self._reader = checkpoint.read(self._shapes, progress)
         self._dtype = dtype
         self._compute_dtype = compute_dtype(dtype, device)
         self._device = device
-        self._table: torch.Tensor | None = None
+        self._tables: dict[str, torch.Tensor] = {}
 
     def layer(self, index: int) -> DecoderLayer:
         """Return the layer `index` of the model. Raises WeightsError."""
         tensors = {
-            name: self._take(_full(index, name)).to(self._compute_dtype)
-            for name in layer_shapes(self._config)
+            name: self._take(_full(index, name), self._cuts.get(name)).to(self._compute_dtype)
+            for name in self._names
         }
-        return DecoderLayer(tensors, self._config)
+        return DecoderLayer(tensors, self._config, self._part.collective)
 
-    def embedding(self) -> torch.Tensor:
-        """Return the embeddings, (V, D). Raises WeightsError."""
-        if self._table is None:
-            self._table = self._take(_EMBEDDING)
-        return self._table
+    def embedding(self) -> Embedding:
+        """Return the embedding. Raises WeightsError."""
+        cut = self._vocabulary()
+        return Embedding(self._vocabulary_rows(_EMBEDDING), cut.start, self._part.collective)
 
     def head(self) -> Head:
         """Return the final norm and the projection to logits. Raises WeightsError."""
-        tied = self._config.tied_embeddings
-        weight = self.embedding() if tied else self._take(_HEAD)
-        norm = self._take(_FINAL_NORM)
-        return Head(norm.to(self._compute_dtype), weight.to(self._compute_dtype), self._config)
+        weight_VD = self._vocabulary_rows(_head_name(self._config))
+        size = self._part.collective.size
+        cuts = [Shard(rank, size).vocabulary(self._config) for rank in range(size)]
+        return Head(
+            self._take(_FINAL_NORM).to(self._compute_dtype),
+            weight_VD.to(self._compute_dtype),
+            self._config,
+            self._part.collective,
+            [cut.stop - cut.start for cut in cuts],
+        )
 
-    def _take(self, name: str) -> torch.Tensor:
+    def _vocabulary(self) -> Cut:
+        return self._part.shard.vocabulary(self._config)
+
+    def _vocabulary_rows(self, name: str) -> torch.Tensor:
+        """Return this rank's rows of embedding or head, read once if they are one."""
+        if name not in self._tables:
+            self._tables[name] = self._take(name, self._vocabulary())
+        return self._tables[name]
+
+    def _take(self, name: str, cut: Cut | None = None) -> torch.Tensor:
         """Return a tensor of our own: the file may change or vanish once it is loaded."""
-        mapped = self._reader.take(name, self._shapes[name])
+        mapped = self._reader.take(name, self._shapes[name], cut)
         return mapped.to(self._device, self._dtype, copy=True)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
 from penstock_runtime.attention.registry import create_attention
+from penstock_runtime.model.collective import Alone
 from penstock_runtime.model.layers import AttentionStep
 from penstock_runtime.model.linear import compute_dtype
 from penstock_runtime.model.loader import Loader, Part
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from penstock_runtime.attention.base import AttentionBackend
+    from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
-    from penstock_runtime.model.layers import DecoderLayer, Head
+    from penstock_runtime.model.layers import DecoderLayer, Embedding, Head
     from penstock_runtime.model.weights import Progress
 
 
@@ -42,10 +43,13 @@ class Transformer:
         device: torch.device,
         attention: AttentionBackend[Any],
         layers: Sequence[DecoderLayer],
-        embedding: torch.Tensor | None,
+        embedding: Embedding | None,
         head: Head | None,
+        ranks: Collective,
     ) -> None:
         self.config = config
+        """Of this rank: its heads, its part of the feed-forward."""
+        self.ranks = ranks
         self.dtype = dtype
         self.compute_dtype = compute_dtype(dtype, device)
         self.device = device
@@ -68,6 +72,7 @@ class Transformer:
         dtype: torch.dtype,
         device: torch.device,
         attention: AttentionBackend[Any] | None = None,
+        ranks: Collective | None = None,
         progress: Progress | None = None,
     ) -> Transformer:
         """Read the tensors of the layers [a, b), and those of embedding and head if asked for.
@@ -81,28 +86,32 @@ class Transformer:
             dtype: of KV and of activations between stages; weights are rounded to it.
             device: where to compute.
             attention: None: the device's own.
+            ranks: those that share every layer, this one among them; None: there is one.
             progress: called with (bytes read, bytes in all) after every tensor.
 
         Raises:
             WeightsError: a tensor is missing, has another shape, or cannot be read.
+            ModelConfigError: the heads cannot be dealt out to so many ranks.
             ValueError: the range of layers is not one of this model's.
         """
         first, last = layers
         if not 0 <= first < last <= config.layers:
             raise ValueError(f"layers [{first}, {last}) of a model with {config.layers}")
-        part = Part(config=config, layers=layers, embed=embed, head=head)
+        ranks = ranks or Alone()
+        part = Part(config=config, layers=layers, embed=embed, head=head, collective=ranks)
         with torch.inference_mode():
             loader = Loader(
                 Checkpoint(path), part, dtype=dtype, device=device, progress=progress or _silent
             )
             return cls(
-                config,
+                part.shard.local(config),
                 dtype=dtype,
                 device=device,
                 attention=create_attention(device) if attention is None else attention,
                 layers=[loader.layer(index) for index in range(first, last)],
                 embedding=loader.embedding() if embed else None,
                 head=loader.head() if head else None,
+                ranks=ranks,
             )
 
     @property
@@ -113,7 +122,7 @@ class Transformer:
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of tokens, (T, D). Only with `embed`."""
         assert self._embedding is not None, "loaded without the embedding"
-        return functional.embedding(token_ids_T, self._embedding)
+        return self._embedding(token_ids_T)
 
     def forward(
         self,
@@ -138,7 +147,10 @@ class Transformer:
         return x_TD.to(self.dtype)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits (R, V) of chosen rows of the last layer. Only with `head`."""
+        """Return float32 logits (R, V) of chosen rows of the last layer. Only with `head`.
+
+        On ranks other than 0: their own columns of them.
+        """
         assert self._head is not None, "loaded without the head"
         return self._head(hidden_RD.to(self.compute_dtype)).float()
 

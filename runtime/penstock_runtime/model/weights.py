@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from penstock_runtime.model.shard import Cut
+
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read in all) after every tensor."""
 
@@ -88,23 +90,30 @@ class TensorReader:
         self._progress = progress
         self._files: dict[Path, Any] = {}
 
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a tensor that may lie in the memory-mapped file: copy it before changing it.
+    def take(self, name: str, shape: tuple[int, ...], cut: Cut | None = None) -> torch.Tensor:
+        """Return a tensor, or the part `cut` of it; only that part is read.
 
-        Raises WeightsError if its shape is not `shape`, or its file cannot be read.
+        It may lie in the memory-mapped file: copy it before changing it.
+
+        Raises WeightsError if the whole tensor's shape is not `shape`, or its file cannot be read.
         """
         entry = self._entries[name]
         try:
             if entry.file not in self._files:
                 self._files[entry.file] = safe_open(entry.file, framework="pt")
-            tensor: torch.Tensor = self._files[entry.file].get_tensor(name)
+            whole = self._files[entry.file].get_slice(name)
+            if tuple(whole.get_shape()) != shape:
+                raise WeightsError(
+                    f"{name} in {entry.file} has shape {tuple(whole.get_shape())}, but config.json "
+                    f"implies {shape}: they belong to different checkpoints"
+                )
+            tensor: torch.Tensor = (
+                self._files[entry.file].get_tensor(name)
+                if cut is None
+                else whole[(*[slice(None)] * cut.dim, slice(cut.start, cut.stop))]
+            )
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"cannot read {name} from {entry.file}: {error}") from error
-        if tensor.shape != shape:
-            raise WeightsError(
-                f"{name} in {entry.file} has shape {tuple(tensor.shape)}, but config.json "
-                f"implies {shape}: they belong to different checkpoints"
-            )
         self._done += entry.nbytes
         self._progress(self._done, self._total)
         return tensor

@@ -132,7 +132,9 @@ def layer_advice(question: Question, layers: int) -> str:
     found = split_measured(counts, seconds)
     return (
         f"\nlayers              {_counts(found)} of {layers} would be even by what the stages "
-        f"cost; divided by count they are {'/'.join(str(n) for n in counts)}"
+        f"cost; divided by count they are {'/'.join(str(n) for n in counts)}\n"
+        f"{'':20}in the manifest: prefill.layersPerStage: "
+        f"{[last - first for first, last in found]}"
     )
 
 

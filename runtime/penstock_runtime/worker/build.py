@@ -11,27 +11,31 @@ from penstock_runtime.engine.kv_writer import KvWriter, StageIdentity
 from penstock_runtime.engine.ring import ActivationRing
 from penstock_runtime.engine.runner import DecodeRunner, StageRunner
 from penstock_runtime.errors import ConfigurationError
-from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.config import DTYPES, ModelConfig
+from penstock_runtime.model.shard import Shard
 from penstock_runtime.model.transformer import Transformer
 from penstock_runtime.model.weights import model_digest
 from penstock_runtime.scheduler.admission import RemoteSettings
 from penstock_runtime.scheduler.chunk_planner import ChunkPlanner, ChunkSettings, split_layers
 from penstock_runtime.scheduler.decode import DecodeSettings
-from penstock_runtime.transfer.base import Region
 from penstock_runtime.worker.decode import DecodeWorker
 from penstock_runtime.worker.prefill import PrefillWorker
+from penstock_runtime.worker.rank_group import RankGroup
 from penstock_wire import model_source
 from penstock_wire.keys import Keys
 from penstock_wire.messages import Hello
 from penstock_wire.names import Resolver, new_boot_id
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from penstock_runtime.engine.compute import Compute
+    from penstock_runtime.kvcache.base import KVLayout
+    from penstock_runtime.kvcache.tensors import PoolTensor
     from penstock_runtime.transfer.base import Transfer
     from penstock_runtime.worker.http import Health
+    from penstock_runtime.worker.rank_group import Place
     from penstock_runtime.worker.settings import WorkerSettings
 
 RING_SLOTS = 4
@@ -47,15 +51,22 @@ class Builder:
         health: told how far the start is.
         compute: where the model is loaded and will run.
         transfer: the data path.
+        places: of the ranks, see `RankGroup`.
     """
 
     def __init__(
-        self, settings: WorkerSettings, health: Health, compute: Compute, transfer: Transfer
+        self,
+        settings: WorkerSettings,
+        health: Health,
+        compute: Compute,
+        transfer: Transfer,
+        places: Sequence[Place] = (),
     ) -> None:
         self._settings = settings
         self._health = health
         self._compute = compute
         self._transfer = transfer
+        self._places = places
 
     async def build(self) -> PrefillWorker | DecodeWorker:
         """Fetch and load the model, take the KV memory, and return the worker, not started.
@@ -69,21 +80,29 @@ class Builder:
         config = ModelConfig.from_directory(path)
         length = settings.max_model_len or config.max_context
         config.require_context(length)
+        part = Shard(0, settings.tensor_parallel).local(config)
+        layers = self._layers(config)
+        dtype = config.dtype if settings.dtype == "auto" else DTYPES[settings.dtype]
+        layout = part.kv_layout(layers=layers, page_size=settings.page_size, dtype=dtype)
+        ranks = RankGroup(
+            settings,
+            config,
+            layers=layers,
+            dtype=dtype,
+            pages=self._pages(layout),
+            layout=layout,
+            places=self._places,
+        )
         self._health.message = "loading weights"
-        model = await self._compute.run(self._load, path, config)
-        first, last = self._layers(config)
-        layout = config.kv_layout(
-            layers=(first, last), page_size=settings.page_size, dtype=model.dtype
-        )
-        pages = settings.kv_memory // layout.page_bytes
-        if pages < 2:
-            raise ConfigurationError(
-                f"--kv-memory {settings.kv_memory} holds {pages} pages of {layout.page_bytes} "
-                "bytes: give it more, or lower --page-size"
-            )
-        pool = await self._compute.run(
-            PoolTensor, layout, pages, dtype=model.dtype, device=model.device
-        )
+        try:
+            await ranks.start(path)
+            model = await self._compute.run(self._load, path, config, layers, dtype, ranks)
+            pool = await self._compute.run(ranks.pool)
+            self._health.message = "waiting for the worker's other ranks"
+            await ranks.connect(self._compute)
+        except BaseException:
+            await ranks.others.close()
+            raise
         hello = Hello(
             role=settings.role,
             name=settings.name,
@@ -93,14 +112,26 @@ class Builder:
             stage=settings.stage,
             stages=settings.stages,
             model_digest=await asyncio.to_thread(model_digest, path),
-            kv_layout=config.kv_layout_digest(page_size=settings.page_size, dtype=model.dtype),
-            layers=(first, last),
-            pages=pages,
+            kv_layout=config.kv_layout_digest(page_size=settings.page_size, dtype=dtype),
+            layers=layers,
+            pages=pool.pages,
             page_size=settings.page_size,
             max_model_len=length,
         )
         make = self._prefill if settings.role == "prefill" else self._decode
-        return make(hello, keys, model, pool)
+        return make(hello, keys, model, pool, ranks)
+
+    def _pages(self, layout: KVLayout) -> int:
+        """Return how many pages the memory holds, each with a part in every rank."""
+        settings = self._settings
+        page_bytes = layout.page_bytes * settings.tensor_parallel
+        pages = settings.kv_memory // page_bytes
+        if pages < 2:
+            raise ConfigurationError(
+                f"--kv-memory {settings.kv_memory} holds {pages} pages of {page_bytes} "
+                "bytes: give it more, or lower --page-size"
+            )
+        return pages
 
     def _fetch(self) -> Path:
         settings = self._settings
@@ -112,16 +143,24 @@ class Builder:
             progress=self._progress(model_source.FETCHING, 0.0, 0.5),
         )
 
-    def _load(self, path: Path, config: ModelConfig) -> Transformer:
+    def _load(
+        self,
+        path: Path,
+        config: ModelConfig,
+        layers: tuple[int, int],
+        dtype: torch.dtype,
+        ranks: RankGroup,
+    ) -> Transformer:
         settings = self._settings
         return Transformer.load(
             path,
             config,
-            layers=self._layers(config),
+            layers=layers,
             embed=settings.stage == 0,
             head=settings.role == "decode",
-            dtype=config.dtype if settings.dtype == "auto" else DTYPES[settings.dtype],
+            dtype=dtype,
             device=torch.device(settings.device),
+            ranks=ranks.collective,
             progress=self._progress("loading weights", 0.5, 1.0),
         )
 
@@ -134,13 +173,21 @@ class Builder:
                 f"{settings.stages} stages cannot share {config.layers} layers: "
                 "lower prefill.pipelineParallel"
             )
-        return split_layers(config.layers, settings.stages, 1.0)[settings.stage]
+        given = settings.layers_per_stage
+        if not given:
+            return split_layers(config.layers, settings.stages, 1.0)[settings.stage]
+        if sum(given) != config.layers:
+            raise ConfigurationError(
+                f"--layers-per-stage has {sum(given)} layers in all, this model {config.layers}"
+            )
+        first = sum(given[: settings.stage])
+        return first, first + given[settings.stage]
 
     def _progress(self, what: str, first: float, last: float) -> _Progress:
         return _Progress(self._health, what, first, last)
 
     def _decode(
-        self, hello: Hello, keys: Keys, model: Transformer, pool: PoolTensor
+        self, hello: Hello, keys: Keys, model: Transformer, pool: PoolTensor, ranks: RankGroup
     ) -> DecodeWorker:
         settings = self._settings
         return DecodeWorker(
@@ -149,11 +196,11 @@ class Builder:
             keys=keys,
             resolver=Resolver(settings.hosts_file),
             health=self._health,
-            runner=DecodeRunner(model, pool),
+            runner=DecodeRunner(model, pool, ranks.others),
             compute=self._compute,
             transfer=self._transfer,
-            arena=_region(pool),
-            layout=pool.layout,
+            arenas=ranks.arenas,
+            others=ranks.others,
             settings=DecodeSettings(
                 max_running=settings.max_batch,
                 max_batch_tokens=max(
@@ -167,7 +214,7 @@ class Builder:
         )
 
     def _prefill(
-        self, hello: Hello, keys: Keys, model: Transformer, pool: PoolTensor
+        self, hello: Hello, keys: Keys, model: Transformer, pool: PoolTensor, ranks: RankGroup
     ) -> PrefillWorker:
         settings = self._settings
         tokens = max(settings.max_chunk_tokens, settings.page_size)
@@ -188,10 +235,11 @@ class Builder:
             keys=keys,
             resolver=Resolver(settings.hosts_file),
             health=self._health,
-            runner=StageRunner(model, pool, embeds=hello.stage == 0),
+            runner=StageRunner(model, pool, embeds=hello.stage == 0, followers=ranks.others),
             compute=self._compute,
             ring=ring,
-            kv=KvWriter(self._transfer, identity, _region(pool), pool.layout),
+            kv=KvWriter(self._transfer, identity, ranks.arenas, pool.layout),
+            others=ranks.others,
             planner=ChunkPlanner(
                 settings.stages,
                 settings.page_size,
@@ -215,8 +263,3 @@ class _Progress:
         share = done / total if total else 1.0
         self._health.progress = self._first + self._span * share
         self._health.message = f"{self._what}: {share:.0%}"
-
-
-def _region(pool: PoolTensor) -> Region:
-    device = pool.tensor.get_device() if pool.tensor.is_cuda else None
-    return Region(pool.address, pool.nbytes, device)

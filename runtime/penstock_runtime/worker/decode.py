@@ -16,14 +16,15 @@ from penstock_wire.sockets import ControlClient, ControlServer, Session
 from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from penstock_runtime.engine.compute import Compute
     from penstock_runtime.engine.runner import DecodeRunner
-    from penstock_runtime.kvcache.base import KVLayout
     from penstock_runtime.scheduler.decode import DecodeSettings
-    from penstock_runtime.transfer.base import Region, Transfer
+    from penstock_runtime.transfer.base import Transfer
+    from penstock_runtime.transfer.page_ranges import KvArena
     from penstock_runtime.worker.http import Health
+    from penstock_runtime.worker.other_ranks import OtherRanks
     from penstock_wire.keys import Keys
     from penstock_wire.messages import Control, GroupAddress, Hello, Load
     from penstock_wire.names import Resolver
@@ -36,7 +37,8 @@ class DecodeWorker:
     Args:
         hello: who this worker is.
         bind: of the control server.
-        arena, layout: the KV pool's memory, and its pages with all layers.
+        arenas: the KV pool's memory, all layers; one a rank.
+        others: the worker's other ranks.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class DecodeWorker:
         runner: DecodeRunner,
         compute: Compute,
         transfer: Transfer,
-        arena: Region,
-        layout: KVLayout,
+        arenas: Sequence[KvArena],
+        others: OtherRanks,
         settings: DecodeSettings,
     ) -> None:
         self._hello = hello
@@ -59,8 +61,8 @@ class DecodeWorker:
         self._resolver = resolver
         self._health = health
         self._transfer = transfer
-        self._arena = arena
-        self._layout = layout
+        self._arenas = arenas
+        self._others = others
         self._incarnations = incarnations()
         pool = PagePool(hello.pages, hello.page_size)
         self._ledger = GrantLedger(pool)
@@ -91,8 +93,7 @@ class DecodeWorker:
             hello=self._hello,
             connect=self._connect,
             transfer=self._transfer,
-            arena=self._arena,
-            layout=self._layout,
+            arenas=self._arenas,
             ledger=self._ledger,
             incarnations=self._incarnations,
             owner=owner,
@@ -118,6 +119,7 @@ class DecodeWorker:
     async def start(self) -> None:
         """Bind and serve. Raises OSError if the address is taken."""
         await self._server.start()
+        self._tasks.spawn(self._others.watch(), "other ranks")
         self._tasks.spawn(self.engine.run(), "decode engine")
         self._tasks.spawn(self._publisher.run(self._load), "publisher")
 
@@ -131,6 +133,7 @@ class DecodeWorker:
         await self._tasks.cancel()
         await self.engine.close()
         await self._server.close()
+        await self._others.close()
 
     # --- messages ------------------------------------------------------------------------------
 

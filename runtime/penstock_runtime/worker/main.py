@@ -30,24 +30,31 @@ from penstock_wire.keys import InvalidKeys
 from penstock_wire.model_source import ModelSourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from penstock_runtime.engine.timeline import Trace
     from penstock_runtime.worker.decode import DecodeWorker
+    from penstock_runtime.worker.rank_group import Place
 
 log = logging.getLogger("penstock.worker")
 
 
 class Process:
-    """One worker process, from its settings to its end."""
+    """One worker process, from its settings to its end.
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    Args:
+        settings: the command line.
+        places: of its ranks, see `RankGroup`.
+    """
+
+    def __init__(self, settings: WorkerSettings, places: Sequence[Place] = ()) -> None:
         self._settings = settings
+        self._places = places
         self._health = Health()
         self._worker: PrefillWorker | DecodeWorker | None = None
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
-        self._compute = Compute(settings.threads)
+        self._compute = Compute(max(1, settings.threads // settings.tensor_parallel))
         self._transport = _transport(settings)
         self._transfer = NixlTransfer(
             NixlSettings(
@@ -115,7 +122,7 @@ class Process:
             self._stop.set()
 
     async def _start(self) -> PrefillWorker | DecodeWorker:
-        builder = Builder(self._settings, self._health, self._compute, self._transfer)
+        builder = Builder(self._settings, self._health, self._compute, self._transfer, self._places)
         self._worker = await builder.build()
         await self._worker.start()
         return self._worker

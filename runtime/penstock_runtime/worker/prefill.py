@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from penstock_runtime.engine.stage import ChunkRunner
     from penstock_runtime.scheduler.chunk_planner import ChunkPlanner
     from penstock_runtime.worker.http import Health, WorkerState
+    from penstock_runtime.worker.other_ranks import OtherRanks
     from penstock_wire.keys import Keys
     from penstock_wire.messages import Control, Hello, Load
     from penstock_wire.names import Resolver
@@ -63,6 +64,7 @@ class PrefillWorker:
         hello: who this stage is; its `stages`, `stage` and `pages` describe the group.
         bind: of the control server.
         peers: control addresses of stages 1 … P-1, for stage 0; empty elsewhere.
+        others: the stage's other ranks.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class PrefillWorker:
         ring: ActivationRing,
         kv: KvWriter,
         planner: ChunkPlanner,
+        others: OtherRanks,
     ) -> None:
         self._hello = hello
+        self._others = others
         self._health = health
         self._kv = kv
         self._leader_session: Session | None = None
@@ -156,6 +160,7 @@ class PrefillWorker:
     async def start(self) -> None:
         """Bind, and connect to the other stages. Raises OSError if the address is taken."""
         await self._server.start()
+        self._tasks.spawn(self._others.watch(), "other ranks")
         for client in self._clients:
             client.start()
         if self.leader is not None and self._chain is not None and self._publisher is not None:
@@ -210,6 +215,7 @@ class PrefillWorker:
         await self._server.close()
         await self._kv.close()
         await self.stage.end()
+        await self._others.close()
 
     # --- messages ------------------------------------------------------------------------------
 

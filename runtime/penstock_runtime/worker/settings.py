@@ -39,6 +39,7 @@ class WorkerSettings:
     page_size: int
     max_model_len: int
     threads: int
+    tensor_parallel: int
     hosts_file: Path | None
     model_cache: Path | None
     model_token_file: Path | None
@@ -48,6 +49,7 @@ class WorkerSettings:
     group: str
     stage: int
     stages: int
+    layers_per_stage: tuple[int, ...]
     peers: str
     chunk_mode: Literal["adaptive", "fixed"]
     max_chunk_tokens: int
@@ -113,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
         help="longest sequence in tokens; 0: as the model's configuration says (default: 0)",
     )
     a("--threads", type=_positive, default=1, help="compute threads (default: 1)")
+    a(
+        "--tensor-parallel",
+        type=_positive,
+        default=1,
+        help="ranks that share every layer: this process and child processes, each on a device of "
+        "its own, or with its part of --threads; --kv-memory is for all of them (default: 1)",
+    )
     a("--hosts-file", type=Path, help="JSON object of host names and addresses, instead of DNS")
     a("--model-cache", type=Path, help="folder for downloaded models (default: the hub's own)")
     a("--model-token-file", type=Path, help="file with the hub's access token")
@@ -132,6 +141,12 @@ def parser() -> argparse.ArgumentParser:
     a("--group", default="", help="prefill group")
     a("--stage", type=int, default=0, help="this stage, from 0")
     a("--stages", type=_positive, default=1, help="stages in the group")
+    a(
+        "--layers-per-stage",
+        type=_counts,
+        default=(),
+        help="layers of each stage, for example 9,9,8 (default: as even as possible)",
+    )
     a("--peers", default="", help="control address of stage {i} of the group")
     a(
         "--chunk-mode",
@@ -180,6 +195,11 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerSettings:
                 f"--stage {settings.stage} is not in a group of {settings.stages} stages "
                 f"(0 … {settings.stages - 1})"
             )
+        if settings.layers_per_stage and len(settings.layers_per_stage) != settings.stages:
+            raise ConfigurationError(
+                f"--layers-per-stage has {len(settings.layers_per_stage)} numbers for "
+                f"{settings.stages} stages: give one each"
+            )
         if not settings.group:
             raise ConfigurationError("a prefill stage needs --group, the name of its group")
         if settings.stages > 1 and "{i}" not in settings.peers:
@@ -195,6 +215,10 @@ def _quantity(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory, write for example 2Gi")
     return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _positive(text: str) -> int:

@@ -46,7 +46,7 @@ class Pod:
 class Cluster:
     """A running service. Commands are blocking; everything over HTTP is a coroutine."""
 
-    def __init__(self, folder: Path, model: Path, *, dtype: str, decodes: int) -> None:
+    def __init__(self, folder: Path, model: Path, *, dtype: str, decodes: int, ranks: int) -> None:
         self.state = StateDir(folder / "state", _NAME)
         self.decodes = decodes
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -55,7 +55,7 @@ class Cluster:
         self._root = folder / "state"
         self._output = folder / "up.log"
         self._manifest = folder / "service.yaml"
-        self._manifest.write_text(yaml.safe_dump(_manifest(model, dtype, decodes)))
+        self._manifest.write_text(yaml.safe_dump(_manifest(model, dtype, decodes, ranks)))
         self.supervisor: subprocess.Popen[bytes] | None = None
 
     # --- life -----------------------------------------------------------------------------------
@@ -119,6 +119,10 @@ class Cluster:
         pid = self.pid(name)
         os.kill(pid, number)
         return pid
+
+    def ranks(self, name: str) -> list[int]:
+        """Return the pids of a worker's other ranks."""
+        return [child.pid for child in psutil.Process(self.pid(name)).children()]
 
     def log(self, name: str) -> str:
         """Return what a process has printed."""
@@ -189,7 +193,7 @@ class Cluster:
         await eventually(check, "every page to be free or cached")
 
 
-def _manifest(model: Path, dtype: str, decodes: int) -> dict[str, Any]:
+def _manifest(model: Path, dtype: str, decodes: int, ranks: int) -> dict[str, Any]:
     return {
         "apiVersion": "penstock.dev/v1alpha1",
         "kind": "InferenceService",
@@ -199,10 +203,15 @@ def _manifest(model: Path, dtype: str, decodes: int) -> dict[str, Any]:
             "kvCache": {"memory": "48Mi", "pageSize": PAGE_SIZE},
             "prefill": {
                 "pipelineParallel": 2,
+                "tensorParallel": ranks,
                 "chunkedPrefill": {"mode": "fixed", "maxTokens": CHUNK},
             },
             # Longer than a stage's restart on a busy machine: prompts resume in the group.
-            "decode": {"replicas": decodes, "extraArgs": ["--group-wait-seconds", "60"]},
+            "decode": {
+                "replicas": decodes,
+                "tensorParallel": ranks,
+                "extraArgs": ["--group-wait-seconds", "60"],
+            },
         },
     }
 
@@ -233,10 +242,10 @@ def gone(pid: int) -> bool:
 
 @contextlib.contextmanager
 def service(
-    folder: Path, model: Path, *, dtype: str = "float32", decodes: int = 2
+    folder: Path, model: Path, *, dtype: str = "float32", decodes: int = 2, ranks: int = 1
 ) -> Iterator[Cluster]:
     """Yield a service that is not started yet; end it with the context."""
-    cluster = Cluster(folder, model, dtype=dtype, decodes=decodes)
+    cluster = Cluster(folder, model, dtype=dtype, decodes=decodes, ranks=ranks)
     try:
         yield cluster
     finally:

@@ -50,6 +50,10 @@ class Shape:
     chunk_mode: str = "adaptive"
     local_tokens: int = 8
     max_batch: int = 16
+    layers: str = ""
+    """Of each stage; empty: as even as possible."""
+    prefill_ranks: int = 1
+    decode_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class Answer:
     cached: int
 
 
-TOKEN_BYTES = 4 * 2 * 2 * 16 * 4
+KV_HEADS = 2
+TOKEN_BYTES = 4 * 2 * KV_HEADS * 16 * 4
 """KV of one token, all layers of `checkpoint.make`'s model, float32."""
 
 
@@ -177,10 +182,17 @@ async def _worker(
         *("--max-batch", str(shape.max_batch)),
     ]
     page_bytes = TOKEN_BYTES * shape.page_size
-    if index < shape.stages:
+    prefill = index < shape.stages
+    ranks = shape.prefill_ranks if prefill else shape.decode_ranks
+    # A KV head that several ranks hold is there several times.
+    page_bytes = page_bytes * max(ranks, KV_HEADS) // KV_HEADS
+    arguments += ["--tensor-parallel", str(ranks)]
+    if prefill:
         arguments += ["--role", "prefill", "--group", "g", "--stage", str(index)]
         arguments += ["--stages", str(shape.stages), "--peers", f"{subnet}.10{{i}}:7000"]
         arguments += ["--kv-memory", str(shape.pages * page_bytes // shape.stages)]
+        if shape.layers:
+            arguments += ["--layers-per-stage", shape.layers]
     else:
         arguments += ["--role", "decode", "--local-prefill-tokens", str(shape.local_tokens)]
         arguments += ["--kv-memory", str(shape.pages * page_bytes)]

@@ -101,6 +101,7 @@ def test_layers_are_divided_by_what_stages_cost() -> None:
     # Stage 1 has layers of twice the cost: 6 of them take what 12 do elsewhere.
     advice = layer_advice(question(costs=(DESIGN, twice)), 24)
     assert "15/9 of 24" in advice or "16/8 of 24" in advice
+    assert "prefill.layersPerStage: [1" in advice
 
 
 def test_impossible_questions_are_refused() -> None:
