@@ -21,7 +21,13 @@ from penstock_operator.model_volume import (
 from penstock_operator.quantity import canonical_quantity, parse_quantity
 
 if TYPE_CHECKING:
-    from penstock_operator.api import ChunkedPrefill, InferenceService, Resources, RoleSpec
+    from penstock_operator.api import (
+        ChunkedPrefill,
+        InferenceService,
+        Resources,
+        RoleSpec,
+        Spec,
+    )
     from penstock_operator.labels import Role
 
 Object: TypeAlias = dict[str, Any]
@@ -34,6 +40,9 @@ DRAIN_SECONDS = GRACE_SECONDS - 15
 """How long a process lets its streams go on: it must end by itself before it is killed."""
 PREFILL_CHUNK_TOKENS = 2048
 DECODE_CHUNK_TOKENS = 512
+CPU_KV_MEMORY = "1Gi"
+CUDA_KV_SHARE = "90%"
+"""Of what the weights leave of the device: the rest is for activations."""
 ROUTER_LEAVE_SECONDS = 5
 """How long a router goes on accepting after its end was decided, until every node knows."""
 USER_ID = 10001
@@ -164,7 +173,7 @@ def _worker_args(
     args += _token_args(service, "--model-token-file")
     if part.resources.rdma is not None:
         args.append("--rdma")
-    args += ["--kv-memory", str(math.floor(parse_quantity(spec.kv_cache.memory)))]
+    args += ["--kv-memory", _kv_memory(spec)]
     args += ["--page-size", str(spec.kv_cache.page_size)]
     if spec.model.max_model_len is not None:
         args += ["--max-model-len", str(spec.model.max_model_len)]
@@ -180,6 +189,12 @@ def _worker_args(
     elif role == "decode":
         args += _chunk_args(spec.decode.chunked_prefill, DECODE_CHUNK_TOKENS)
     return [*args, "--drain-seconds", str(DRAIN_SECONDS), "--revision", revision]
+
+
+def _kv_memory(spec: Spec) -> str:
+    if spec.kv_cache.memory is None and spec.computes_on == "cuda":
+        return CUDA_KV_SHARE
+    return str(math.floor(parse_quantity(spec.kv_cache.memory or CPU_KV_MEMORY)))
 
 
 def _chunk_args(chunks: ChunkedPrefill, default_tokens: int) -> list[str]:

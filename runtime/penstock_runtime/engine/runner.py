@@ -12,6 +12,7 @@ from penstock_runtime.engine.sampler import SamplingRow, sample
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from penstock_runtime.engine.cuda_graphs import DecodeGraphs
     from penstock_runtime.kvcache.tensors import PoolTensor
     from penstock_runtime.model.transformer import Transformer
     from penstock_runtime.scheduler.batch import Batch
@@ -38,15 +39,20 @@ class StageRunner:
         inputs = hidden_or_tokens.to(model.device)
         hidden_TD = model.embed(inputs) if self._embeds else inputs
         plan = model.attention.plan(segments, self.page_size, model.device)
-        return model.forward(hidden_TD, _positions(segments, model.device), plan, self._pool.tensor)
+        return model.forward(
+            hidden_TD, positions_of(segments, model.device), plan, self._pool.tensor
+        )
 
 
 class DecodeRunner:
-    """A decode worker's batches: forward, head, sampler."""
+    """A decode worker's batches: forward, head, sampler. With `graphs`, decode batches by these."""
 
-    def __init__(self, model: Transformer, pool: PoolTensor) -> None:
+    def __init__(
+        self, model: Transformer, pool: PoolTensor, graphs: DecodeGraphs | None = None
+    ) -> None:
         self._model = model
         self._pool = pool
+        self._graphs = graphs
         self._page_size = pool.layout.page_size
 
     def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[TokenOut]:
@@ -54,24 +60,35 @@ class DecodeRunner:
 
         Raises BrokenLogits if the model gives no number to choose by.
         """
-        model = self._model
         segments = [Segment(start=s.start, length=s.length, pages=s.pages) for s in batch.segments]
-        tokens = torch.cat(
-            [torch.frombuffer(s.tokens, dtype=torch.int32) for s in batch.segments]
-        ).to(device=model.device, dtype=torch.int64)
-        plan = model.attention.plan(segments, self._page_size, model.device)
-        hidden_TD = model.forward(
-            model.embed(tokens), _positions(segments, model.device), plan, self._pool.tensor
-        )
+        tokens = torch.cat([torch.frombuffer(s.tokens, dtype=torch.int32) for s in batch.segments])
         last, row = [], -1
         for segment in batch.segments:
             row += segment.length
             if segment.sample:
                 last.append(row)
-        if not last:
-            return []
-        return sample(model.logits(hidden_TD[last]), rows)
+        logits = self._logits(tokens.to(torch.int64), segments, last)
+        return sample(logits, rows) if last else []
+
+    def _logits(
+        self, tokens: torch.Tensor, segments: Sequence[Segment], last: list[int]
+    ) -> torch.Tensor:
+        """Compute the batch; return the logits of the rows `last`, of which there may be none."""
+        model = self._model
+        if self._graphs is not None:
+            logits_BV = self._graphs.replay(tokens, segments)
+            if logits_BV is not None:
+                return logits_BV if len(last) == len(segments) else logits_BV[last]
+        plan = model.attention.plan(segments, self._page_size, model.device)
+        hidden_TD = model.forward(
+            model.embed(tokens.to(model.device)),
+            positions_of(segments, model.device),
+            plan,
+            self._pool.tensor,
+        )
+        return model.logits(hidden_TD[last]) if last else hidden_TD[:0]
 
 
-def _positions(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
+def positions_of(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
+    """Return the positions of the segments' tokens, in batch order, int64 (T,)."""
     return torch.cat([torch.arange(s.start, s.start + s.length) for s in segments]).to(device)

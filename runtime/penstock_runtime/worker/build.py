@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from penstock_runtime.cuda_device import find_device, out_of_memory
+from penstock_runtime.engine.cuda_graphs import cuda_capture
 from penstock_runtime.engine.kv_writer import KvWriter, StageIdentity
 from penstock_runtime.engine.ring import ActivationRing
 from penstock_runtime.engine.runner import DecodeRunner, StageRunner
 from penstock_runtime.errors import ConfigurationError
-from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.config import DTYPES, ModelConfig
 from penstock_runtime.model.transformer import Transformer
 from penstock_runtime.model.weights import model_digest
@@ -21,6 +22,7 @@ from penstock_runtime.scheduler.decode import DecodeSettings
 from penstock_runtime.transfer.base import Region
 from penstock_runtime.worker.decode import DecodeWorker
 from penstock_runtime.worker.prefill import PrefillWorker
+from penstock_runtime.worker.prepare import capture_graphs, take_pool, warm_up
 from penstock_wire import model_source
 from penstock_wire.keys import Keys
 from penstock_wire.messages import Hello
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from penstock_runtime.engine.compute import Compute
+    from penstock_runtime.engine.cuda_graphs import DecodeGraphs
+    from penstock_runtime.kvcache.tensors import PoolTensor
     from penstock_runtime.transfer.base import Transfer
     from penstock_runtime.worker.http import Health
     from penstock_runtime.worker.settings import WorkerSettings
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 RING_SLOTS = 4
 """Hand-overs between two stages that may be under way: one is computed, one travels, and two more
 take up what differs between the stages' times."""
+_LOADED_ON_CUDA = 0.9
+"""How much of the start is done when the weights are there, if graphs are still to be captured."""
 
 
 class Builder:
@@ -75,15 +81,8 @@ class Builder:
         layout = config.kv_layout(
             layers=(first, last), page_size=settings.page_size, dtype=model.dtype
         )
-        pages = settings.kv_memory // layout.page_bytes
-        if pages < 2:
-            raise ConfigurationError(
-                f"--kv-memory {settings.kv_memory} holds {pages} pages of {layout.page_bytes} "
-                "bytes: give it more, or lower --page-size"
-            )
-        pool = await self._compute.run(
-            PoolTensor, layout, pages, dtype=model.dtype, device=model.device
-        )
+        pool = await self._compute.run(take_pool, model, layout, settings.kv_memory)
+        graphs = await self._compute.run(self._graphs, model, pool, length)
         hello = Hello(
             role=settings.role,
             name=settings.name,
@@ -95,12 +94,43 @@ class Builder:
             model_digest=await asyncio.to_thread(model_digest, path),
             kv_layout=config.kv_layout_digest(page_size=settings.page_size, dtype=model.dtype),
             layers=(first, last),
-            pages=pages,
+            # The padding of graphs writes to the last page.
+            pages=pool.pages if graphs is None else pool.pages - 1,
             page_size=settings.page_size,
             max_model_len=length,
         )
-        make = self._prefill if settings.role == "prefill" else self._decode
-        return make(hello, keys, model, pool)
+        if settings.role == "prefill":
+            # On the compute thread: when it returns, the memory is zero, on a GPU too.
+            ring = await self._compute.run(self._ring, hello, model)
+            return self._prefill(hello, keys, model, pool, ring)
+        return self._decode(hello, keys, DecodeRunner(model, pool, graphs), pool)
+
+    def _graphs(self, model: Transformer, pool: PoolTensor, length: int) -> DecodeGraphs | None:
+        """On CUDA, prove that the largest step can be computed, and capture decode steps."""
+        settings = self._settings
+        decodes = settings.role == "decode"
+        if model.device.type != "cuda":
+            return None
+        self._health.message = "preparing kernels"
+        tokens = max(self._step_tokens(), 2)
+        warm_up(model, pool, tokens=tokens, embed=settings.stage == 0, head=decodes)
+        if not decodes:
+            return None
+        return capture_graphs(
+            model,
+            pool,
+            max_batch=settings.max_batch,
+            max_tokens=length,
+            capture=cuda_capture(model.device),
+            progress=self._progress("capturing CUDA graphs", _LOADED_ON_CUDA, 1.0),
+        )
+
+    def _step_tokens(self) -> int:
+        """Return the most tokens of one step."""
+        settings = self._settings
+        if settings.role == "prefill":
+            return max(settings.max_chunk_tokens, settings.page_size)
+        return max(settings.max_chunk_tokens, settings.max_batch + settings.page_size)
 
     def _fetch(self) -> Path:
         settings = self._settings
@@ -114,16 +144,20 @@ class Builder:
 
     def _load(self, path: Path, config: ModelConfig) -> Transformer:
         settings = self._settings
-        return Transformer.load(
-            path,
-            config,
-            layers=self._layers(config),
-            embed=settings.stage == 0,
-            head=settings.role == "decode",
-            dtype=config.dtype if settings.dtype == "auto" else DTYPES[settings.dtype],
-            device=torch.device(settings.device),
-            progress=self._progress("loading weights", 0.5, 1.0),
-        )
+        device = find_device(settings.device)
+        loaded = _LOADED_ON_CUDA if device.type == "cuda" else 1.0
+        remedy = "divide the model with prefill.pipelineParallel or tensorParallel"
+        with out_of_memory("The weights", remedy):
+            return Transformer.load(
+                path,
+                config,
+                layers=self._layers(config),
+                embed=settings.stage == 0,
+                head=settings.role == "decode",
+                dtype=config.dtype if settings.dtype == "auto" else DTYPES[settings.dtype],
+                device=device,
+                progress=self._progress("loading weights", 0.5, loaded),
+            )
 
     def _layers(self, config: ModelConfig) -> tuple[int, int]:
         settings = self._settings
@@ -140,7 +174,7 @@ class Builder:
         return _Progress(self._health, what, first, last)
 
     def _decode(
-        self, hello: Hello, keys: Keys, model: Transformer, pool: PoolTensor
+        self, hello: Hello, keys: Keys, runner: DecodeRunner, pool: PoolTensor
     ) -> DecodeWorker:
         settings = self._settings
         return DecodeWorker(
@@ -149,16 +183,14 @@ class Builder:
             keys=keys,
             resolver=Resolver(settings.hosts_file),
             health=self._health,
-            runner=DecodeRunner(model, pool),
+            runner=runner,
             compute=self._compute,
             transfer=self._transfer,
             arena=_region(pool),
             layout=pool.layout,
             settings=DecodeSettings(
                 max_running=settings.max_batch,
-                max_batch_tokens=max(
-                    settings.max_chunk_tokens, settings.max_batch + settings.page_size
-                ),
+                max_batch_tokens=self._step_tokens(),
                 remote=RemoteSettings(
                     least_tokens=settings.local_prefill_tokens + 1,
                     group_wait_seconds=settings.group_wait_seconds,
@@ -166,18 +198,26 @@ class Builder:
             ),
         )
 
-    def _prefill(
-        self, hello: Hello, keys: Keys, model: Transformer, pool: PoolTensor
-    ) -> PrefillWorker:
-        settings = self._settings
-        tokens = max(settings.max_chunk_tokens, settings.page_size)
-        shape = (RING_SLOTS, tokens, model.config.hidden_size)
-        ring = ActivationRing(
+    def _ring(self, hello: Hello, model: Transformer) -> ActivationRing:
+        shape = (RING_SLOTS, self._step_tokens(), model.config.hidden_size)
+        return ActivationRing(
             self._transfer,
             f"{hello.name}/{hello.boot_id}",
             torch.zeros(shape, dtype=model.dtype, device=model.device),
             torch.zeros(shape, dtype=model.dtype, device=model.device),
+            streams=self._compute.streams,
         )
+
+    def _prefill(
+        self,
+        hello: Hello,
+        keys: Keys,
+        model: Transformer,
+        pool: PoolTensor,
+        ring: ActivationRing,
+    ) -> PrefillWorker:
+        settings = self._settings
+        tokens = self._step_tokens()
         identity = StageIdentity(
             name=hello.name, boot_id=hello.boot_id, group=hello.group, stage=hello.stage
         )
