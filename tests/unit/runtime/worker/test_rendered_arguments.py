@@ -33,7 +33,7 @@ def workers(text: str) -> dict[str, WorkerSettings]:
         if container["command"] == ["penstock-worker"]
     ]
     variables = (("$(POD_INDEX)", "0"), ("$(POD_IP)", "127.0.0.1"), ("$(POD_NAME)", "pod"))
-    found = {}
+    found: dict[str, WorkerSettings] = {}
     for container in containers:
         arguments = container["args"]
         for variable, value in variables:
