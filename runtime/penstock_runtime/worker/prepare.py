@@ -50,7 +50,7 @@ def warm_up(model: Transformer, pool: PoolTensor, *, tokens: int, embed: bool, h
     with out_of_memory(f"A step of {tokens} tokens", remedy):
         try:
             _step(model, pool, tokens, embed=embed, head=head)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             ours = isinstance(model.attention, FlashInferAttention)
             if isinstance(error, torch.OutOfMemoryError) or not ours:
                 raise

@@ -150,6 +150,7 @@ def test_warming_up_computes_the_largest_step(model: Transformer, tokens: int, e
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "step of 16 tokens.*--max-chunk-tokens"),
         (RuntimeError("Could not find nvcc"), "needs nvcc of the CUDA toolkit.*not find nvcc"),
+        (FileNotFoundError("no ninja"), "a C.. compiler and a HOME that can be written: no ninja"),
     ],
 )
 def test_a_step_that_cannot_be_computed_is_explained(
