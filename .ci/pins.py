@@ -54,20 +54,26 @@ def _requirements(project: dict[str, dict[str, object]]) -> list[str]:
         for requirement in requirements  # type: ignore[attr-defined]
         if isinstance(requirement, str)
     ]
-    return [name for name in names if name not in {"penstock", "flashinfer-python"}]
+    return [name for name in names if name != "penstock"]
 
 
 def _freeze() -> None:
+    text = PYPROJECT.read_text(encoding="utf-8")
+    project = tomllib.loads(text)
+    before = dict(pin.split("==") for pin in project["tool"]["uv"]["constraint-dependencies"])
     installed = {
         _normal(d.metadata["Name"]): d.version.split("+")[0] for d in metadata.distributions()
     }
+    # An environment without the gpu extra must not lose its pins.
+    kept = sorted(set(before) - set(installed))
+    if kept:
+        print(f"kept, as they are not installed here: {', '.join(kept)}")
     skip = {"penstock", "pip", "setuptools", "wheel", "uv"}
     pins = "".join(
         f'  "{name}=={version}",\n'
-        for name, version in sorted(installed.items())
+        for name, version in sorted((before | installed).items())
         if name not in skip
     )
-    text = PYPROJECT.read_text(encoding="utf-8")
     text = re.sub(
         r"(?s)constraint-dependencies = \[.*?\n\]",
         lambda _: f"constraint-dependencies = [\n{pins}]",

@@ -15,9 +15,12 @@ import torch
 from engine_worker import MAX_MODEL_LEN, Generated
 
 from penstock_runtime.attention.paged_cpu import PagedCpuAttention, Timings
+from penstock_runtime.cuda_device import find_device
 from penstock_runtime.engine.compute import Compute
+from penstock_runtime.engine.cuda_graphs import cuda_capture
 from penstock_runtime.engine.decode import DecodeEngine
 from penstock_runtime.engine.runner import DecodeRunner
+from penstock_runtime.engine.streams import streams_of
 from penstock_runtime.kvcache.pool import PagePool
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.config import DTYPES, ModelConfig
@@ -25,6 +28,7 @@ from penstock_runtime.model.linear import compute_dtype
 from penstock_runtime.model.transformer import Transformer
 from penstock_runtime.scheduler.decode import DecodeScheduler, DecodeSettings
 from penstock_runtime.transfer.ownership import GrantLedger
+from penstock_runtime.worker.prepare import capture_graphs, warm_up
 from penstock_wire.messages import Generate, Sampling, Tokens, pack_tokens
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
     from engine_worker import Options
 
+    from penstock_runtime.engine.cuda_graphs import DecodeGraphs
     from penstock_wire.messages import Message
 
 PAGE_SIZE = 32
@@ -45,21 +50,25 @@ LIMIT_SECONDS = 1.0
 class Engine:
     """A decode worker's engine that prefills for itself."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, device: str = "cpu") -> None:
         self._runner = asyncio.Runner()
-        self._compute = Compute(options.threads)
+        found = find_device(device)
+        self._compute = Compute(options.threads, streams_of(found))
         self._request_ids = map(str, itertools.count(1))
         self._timings: Timings | None = None
-        model, memory = self._run(_load, options)
+        model, memory = self._run(_load, options, found)
         if isinstance(model.attention, PagedCpuAttention):
             self._timings = model.attention.timings = Timings()
-        pool = PagePool(memory.pages, PAGE_SIZE)
         settings = DecodeSettings(max_batch_tokens=options.chunk_tokens)
+        graphs = None
+        if found.type == "cuda":
+            graphs = self._run(_prepare, options, model, memory, settings.max_running)
+        pool = PagePool(memory.pages - 1 if graphs else memory.pages, PAGE_SIZE)
         self._engine = DecodeEngine(
             scheduler=DecodeScheduler(pool, MAX_MODEL_LEN, settings),
             pool=pool,
             ledger=GrantLedger(pool),
-            runner=DecodeRunner(model, memory),
+            runner=DecodeRunner(model, memory, graphs=graphs),
             compute=self._compute,
             model_digest="benchmark",
             open_group=_no_group,
@@ -133,7 +142,7 @@ class _Output:
             self.ended.set_result(None)
 
 
-def _load(options: Options) -> tuple[Transformer, PoolTensor]:
+def _load(options: Options, device: torch.device) -> tuple[Transformer, PoolTensor]:
     config = ModelConfig.from_directory(options.model)
     dtype, layers = DTYPES[options.dtype], (0, config.layers)
     model = Transformer.load(
@@ -143,11 +152,26 @@ def _load(options: Options) -> tuple[Transformer, PoolTensor]:
         embed=True,
         head=True,
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=device,
     )
     layout = config.kv_layout(layers=layers, page_size=PAGE_SIZE, dtype=dtype)
     pages = options.kv_bytes // layout.page_bytes
     return model, PoolTensor(layout, pages, dtype=dtype, device=model.device)
+
+
+def _prepare(
+    options: Options, model: Transformer, memory: PoolTensor, max_batch: int
+) -> DecodeGraphs | None:
+    """Do what a decode worker does on CUDA before it serves."""
+    warm_up(model, memory, tokens=options.chunk_tokens, embed=True, head=True)
+    return capture_graphs(
+        model,
+        memory,
+        max_batch=max_batch,
+        max_tokens=MAX_MODEL_LEN,
+        capture=cuda_capture(model.device),
+        progress=lambda _done, _total: None,
+    )
 
 
 def _no_group(*_: object) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import torch
 from engine_worker import MAX_MODEL_LEN, Generated
 from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
@@ -21,6 +22,7 @@ class Engine:
             dtype=options.dtype,
             max_model_len=MAX_MODEL_LEN,
             enable_prefix_caching=True,
+            **_memory(),
         )
 
     def generate(self, prompt_tokens: list[list[int]], count: int) -> Generated:
@@ -39,3 +41,8 @@ class Engine:
     def limits(self) -> dict[str, float]:
         """See `engine_worker.Engine`: ours measures them."""
         return {}
+
+
+def _memory() -> dict[str, float]:
+    """Return its share of a GPU, which others that it is compared with need too."""
+    return {"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {}

@@ -240,10 +240,10 @@ class Router(RoleSpec):
 class KvCache(Strict):
     """Memory for keys and values."""
 
-    memory: Quantity = "1Gi"
+    memory: Quantity | None = None
     """Bytes of KV a worker; a prefill stage holds only its layers' part of a page, so the same
-    memory holds more pages there. Default 1Gi, which fits a laptop; give it what the weights leave
-    of the device."""
+    memory holds more pages there. Default: 1Gi on the CPU, which fits a laptop; on CUDA nine tenths
+    of the device memory that the weights leave, the rest is for activations."""
     page_size: Literal[8, 16, 32, 64, 128] = 32
     """Tokens a page: the unit of sharing between prompts and of transfer. Default 32: attention
     over pages and the part of a page that a prompt wastes are both near their best. Larger pages
@@ -277,7 +277,8 @@ class Spec(Strict):
     router: Router = Router()
     """The OpenAI API in front of the workers. Default: one replica at port 8000."""
     kv_cache: KvCache = KvCache()
-    """Memory for keys and values. Default: 1Gi a worker, in pages of 32 tokens."""
+    """Memory for keys and values. Default: 1Gi a worker, on CUDA nine tenths of what the weights
+    leave, in pages of 32 tokens."""
     device: Literal["cpu", "cuda"] | None = None
     """Where workers compute. Default: cuda where resources.gpu is asked for, else cpu."""
     image: Images = Images()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Prefill,
         Resources,
         RoleSpec,
+        Spec,
     )
     from penstock_operator.labels import Role
 
@@ -41,6 +42,9 @@ DRAIN_SECONDS = GRACE_SECONDS - 15
 """How long a process lets its streams go on: it must end by itself before it is killed."""
 PREFILL_CHUNK_TOKENS = 2048
 DECODE_CHUNK_TOKENS = 512
+CPU_KV_MEMORY = "1Gi"
+CUDA_KV_SHARE = "90%"
+"""Of what the weights leave of the device: the rest is for activations."""
 ROUTER_LEAVE_SECONDS = 5
 """How long a router goes on accepting after its end was decided, until every node knows."""
 USER_ID = 10001
@@ -171,7 +175,7 @@ def _worker_args(
     args += _token_args(service, "--model-token-file")
     if part.resources.rdma is not None:
         args.append("--rdma")
-    args += ["--kv-memory", str(math.floor(parse_quantity(spec.kv_cache.memory)))]
+    args += ["--kv-memory", _kv_memory(spec)]
     args += ["--page-size", str(spec.kv_cache.page_size)]
     if spec.model.max_model_len is not None:
         args += ["--max-model-len", str(spec.model.max_model_len)]
@@ -196,6 +200,12 @@ def _worker_args(
 def _rank_args(part: Prefill | Decode) -> list[str]:
     ranks = part.tensor_parallel
     return ["--tensor-parallel", str(ranks)] if ranks > 1 else []
+
+
+def _kv_memory(spec: Spec) -> str:
+    if spec.kv_cache.memory is None and spec.computes_on == "cuda":
+        return CUDA_KV_SHARE
+    return str(math.floor(parse_quantity(spec.kv_cache.memory or CPU_KV_MEMORY)))
 
 
 def _chunk_args(chunks: ChunkedPrefill, default_tokens: int) -> list[str]:

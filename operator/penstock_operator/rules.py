@@ -68,8 +68,8 @@ def _matching(
     return Rule(holds, cel, message, field)
 
 
-def _amount(field: str, *, optional: bool) -> Rule:
-    """Return the rule that a quantity is one, and more than nothing."""
+def _amount(field: str) -> Rule:
+    """Return the rule that a quantity, if there is one, is one of more than nothing."""
 
     def holds(part: Any) -> bool:
         value = getattr(part, field)
@@ -84,7 +84,7 @@ def _amount(field: str, *, optional: bool) -> Rule:
     cel = f"isQuantity({text}) && quantity({text}).isGreaterThan(quantity('0'))"
     return Rule(
         holds,
-        f"!has(self.{field}) || {cel}" if optional else cel,
+        f"!has(self.{field}) || {cel}",
         "must be a quantity of more than 0, such as 500m, 2, 16Gi or 1.5G",
         field,
     )
@@ -219,8 +219,8 @@ RULES: dict[type[BaseModel], tuple[Rule, ...]] = {
             "resource", "^[^/]+/[^/]+$", "an extended resource is DOMAIN/NAME, such as rdma/ib"
         ),
     ),
-    api.Resources: (_amount("cpu", optional=True), _amount("memory", optional=True)),
-    api.KvCache: (_amount("memory", optional=False),),
+    api.Resources: (_amount("cpu"), _amount("memory")),
+    api.KvCache: (_amount("memory"),),
     api.Autoscaling: (
         Rule(
             lambda bounds: bounds.min_replicas <= bounds.max_replicas,

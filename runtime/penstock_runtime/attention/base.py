@@ -35,6 +35,22 @@ class Segment:
     """Pages of the sequence in order; at least ceil((start + length) / page_size) of them."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """What all batches of a model have in common: the heads of one process, and their dtype."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    """Of queries, keys, values and pages."""
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by: 1 / sqrt(head_dim)."""
+        return float(self.head_dim**-0.5)
+
+
 class AttentionBackend(ABC, Generic[PlanT]):
     """Causal attention over the pages of one worker's pool. One thread at a time."""
 

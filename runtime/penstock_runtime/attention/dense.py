@@ -1,7 +1,7 @@
 """Attention on any device with nothing but torch: gather a segment's pages, mask, one SDPA call.
 
-For CUDA until a paged kernel takes its place. Exact, and simple before fast: each segment's pages
-are copied, and a chunk at an offset needs a mask.
+For float32 on CUDA, where the paged kernels know 16-bit dtypes only. Exact, and simple before fast:
+each segment's pages are copied, and a chunk at an offset needs a mask.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The compute thread: the one place where torch runs, so that the event loop never blocks."""
+"""The compute thread: the one place where torch runs, so that the event loop never blocks.
+
+What it returns has happened: on a device with streams the thread waits for its kernels. Transfers
+may then read what they wrote, and the time it took is that of the work, not of queueing it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,12 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
+from penstock_runtime.engine.streams import HostStreams
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from penstock_runtime.engine.streams import Streams
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -19,20 +27,29 @@ T = TypeVar("T")
 class Compute:
     """Runs functions one after another on a thread of its own, in inference mode.
 
+    Args:
+        threads: that torch uses on the CPU.
+        streams: of the device; None: the CPU.
+
     `busy_seconds` is the time spent computing since the start, for the bubble metric.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, streams: Streams | None = None) -> None:
+        self.streams: Streams = streams or HostStreams()
         self._executor = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="compute",
-            initializer=torch.set_num_threads,
+            initializer=self._enter,
             initargs=(threads,),
         )
         self.busy_seconds = 0.0
 
+    def _enter(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.streams.enter()
+
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return function(*args), computed on the thread.
+        """Return function(*args), computed on the thread, its kernels included.
 
         If the caller is cancelled the function still runs to its end; `settle` waits for it.
         """
@@ -45,7 +62,9 @@ class Compute:
         started = time.perf_counter()
         try:
             with torch.inference_mode():
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+                self.streams.wait()
+                return result
         finally:
             self.busy_seconds += time.perf_counter() - started
 

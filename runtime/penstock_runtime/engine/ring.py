@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from penstock_runtime.engine.streams import HostStreams
 from penstock_runtime.errors import PipelineBroken
 from penstock_runtime.transfer.base import PeerLost, Region, TransferError
 from penstock_wire import messages
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from penstock_runtime.engine.streams import Streams
     from penstock_runtime.transfer.base import Agent, Transfer
 
 
@@ -55,6 +57,7 @@ class ActivationRing:
         name: name/boot_id of this stage; agents are called name/ring/epoch/random.
         receive: (slots, max_tokens, hidden), contiguous, never freed.
         send: the same shape.
+        streams: of the device that both are on; None: the CPU.
     """
 
     def __init__(
@@ -64,8 +67,10 @@ class ActivationRing:
         receive: torch.Tensor,
         send: torch.Tensor,
         settings: RingSettings | None = None,
+        streams: Streams | None = None,
     ) -> None:
         self._transfer = transfer
+        self._streams: Streams = streams or HostStreams()
         self._name = name
         self._receive = receive
         self._send = send
@@ -156,9 +161,11 @@ class ActivationRing:
         await self._unless_broken(arrived, f"the activations of hand-over {number}")
         del self._arrived[number]
         self._received += 1
-        hidden = self._receive[number % self._slots, :tokens].clone()
+        agent = self._require_agent()
+        hidden = await self._streams.clone(self._receive[number % self._slots, :tokens])
+        self._require_same(agent)
         credit = messages.encode(Credit(epoch=self._epoch, number=number))
-        self._spawn(self._require_agent().notify(self._previous, credit))
+        self._spawn(agent.notify(self._previous, credit))
         return hidden
 
     def send(self, hidden: torch.Tensor) -> Coroutine[object, object, None]:
@@ -179,14 +186,14 @@ class ActivationRing:
             )
         slot = number % self._slots
         tokens = hidden.shape[0]
-        self._send[slot, :tokens] = hidden
+        agent = self._require_agent()
+        await self._streams.copy(self._send[slot, :tokens], hidden)
+        self._require_same(agent)
         nbytes = tokens * hidden.shape[1] * hidden.element_size()
         local = np.array([[self._send[slot].data_ptr(), nbytes]], np.uint64)
         remote = np.array([[self._next_base + slot * self._slot_bytes, nbytes]], np.uint64)
         note = messages.encode(Activations(epoch=self._epoch, number=number))
-        await self._require_agent().write(
-            self._next, local, remote, note, self._settings.write_seconds
-        )
+        await agent.write(self._next, local, remote, note, self._settings.write_seconds)
 
     async def close(self) -> None:
         """End the epoch: whoever waits gets PipelineBroken, and nothing lands in the arenas."""
@@ -244,6 +251,11 @@ class ActivationRing:
         if self._agent is None:
             raise PipelineBroken(f"epoch {self._epoch} has ended")
         return self._agent
+
+    def _require_same(self, agent: Agent) -> None:
+        """Raise PipelineBroken if the epoch of `agent` ended during an await."""
+        if self._agent is not agent:
+            raise PipelineBroken("the epoch ended during a copy")
 
 
 def _device(tensor: torch.Tensor) -> int | None:

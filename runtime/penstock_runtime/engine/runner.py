@@ -16,6 +16,7 @@ from penstock_runtime.engine.sampler import SamplingRow, sample
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from penstock_runtime.engine.cuda_graphs import DecodeGraphs
     from penstock_runtime.engine.rank_step import Followers
     from penstock_runtime.kvcache.tensors import PoolTensor
     from penstock_runtime.model.transformer import Transformer
@@ -59,13 +60,19 @@ class StageRunner:
 
 
 class DecodeRunner:
-    """A decode worker's batches: forward, head, sampler."""
+    """A decode worker's batches: forward, head, sampler. With `graphs`, decode batches by these."""
 
     def __init__(
-        self, model: Transformer, pool: PoolTensor, followers: Followers | None = None
+        self,
+        model: Transformer,
+        pool: PoolTensor,
+        *,
+        graphs: DecodeGraphs | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
+        self._graphs = graphs
         self._followers = followers or NoFollowers()
 
     def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[TokenOut]:
@@ -81,10 +88,20 @@ class DecodeRunner:
             if segment.sample:
                 last.append(row)
         self._followers.tell(RankStep.of(segments, tokens, last))
-        hidden_TD = forward(
-            self._model, self._pool, self._model.embed(_ids(tokens, self._model)), segments
-        )
-        return sample(self._model.logits(hidden_TD[last]), rows) if last else []
+        logits = self._logits(_ids(tokens), segments, last)
+        return sample(logits, rows) if last else []
+
+    def _logits(
+        self, tokens: torch.Tensor, segments: Sequence[Segment], last: list[int]
+    ) -> torch.Tensor:
+        """Compute the batch; return the logits of the rows `last`, of which there may be none."""
+        model = self._model
+        if self._graphs is not None:
+            logits_BV = self._graphs.replay(tokens, segments)
+            if logits_BV is not None:
+                return logits_BV if len(last) == len(segments) else logits_BV[last]
+        hidden_TD = forward(model, self._pool, model.embed(tokens.to(model.device)), segments)
+        return model.logits(hidden_TD[last]) if last else hidden_TD[:0]
 
 
 class FollowingRunner:
@@ -98,7 +115,7 @@ class FollowingRunner:
         """Compute this rank's part of a step; what comes of it is with rank 0."""
         model, segments = self._model, step.batch()
         if step.tokens:
-            hidden_TD = model.embed(_ids(step.tokens, model))
+            hidden_TD = model.embed(_ids(step.tokens).to(model.device))
         else:
             shape = (sum(segment.length for segment in segments), model.config.hidden_size)
             hidden_TD = model.ranks.share(
@@ -114,10 +131,13 @@ def forward(
 ) -> torch.Tensor:
     """Return the hidden states (T, D) behind the model's layers; KV goes into the pool."""
     plan = model.attention.plan(segments, pool.layout.page_size, model.device)
-    positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in segments])
-    return model.forward(hidden_TD, positions.to(model.device), plan, pool.tensor)
+    return model.forward(hidden_TD, positions_of(segments, model.device), plan, pool.tensor)
 
 
-def _ids(tokens: bytes, model: Transformer) -> torch.Tensor:
-    ids = torch.frombuffer(bytearray(tokens), dtype=torch.int32)
-    return ids.to(device=model.device, dtype=torch.int64)
+def positions_of(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
+    """Return the positions of the segments' tokens, in batch order, int64 (T,)."""
+    return torch.cat([torch.arange(s.start, s.start + s.length) for s in segments]).to(device)
+
+
+def _ids(tokens: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(tokens), dtype=torch.int32).to(torch.int64)

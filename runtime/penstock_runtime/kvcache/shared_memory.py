@@ -19,27 +19,32 @@ SharedHandle: TypeAlias = int | tuple[Any, ...]
 
 
 class SharedMemory:
-    """Memory of this process that another one can open. Lives as long as the tensor."""
+    """Memory of this process that another one can open: made empty, sized later.
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        """Take `nbytes` bytes. Raises OSError or torch's error if there is not so much."""
-        self.handle: SharedHandle
-        self.descriptor: int | None = None
-        """To be inherited, for host memory."""
-        if device.type == "cuda":
-            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
-            storage: Any = self.tensor.untyped_storage()
-            self.handle = tuple(storage._share_cuda_())
-            return
-        self.handle = self.descriptor = os.memfd_create("penstock-kv")
-        os.ftruncate(self.descriptor, nbytes)
-        self.tensor = _mapped(self.descriptor, nbytes)
+    Another process inherits `descriptor` when it is started, before the size is known, and opens
+    the memory by its handle afterwards.
+    """
 
-    def close_descriptor(self) -> None:
-        """Give the descriptor back once it was inherited; the memory stays."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.descriptor = os.memfd_create("penstock-kv") if device.type == "cpu" else None
+        """None for device memory, which needs none."""
+
+    def take(self, nbytes: int) -> tuple[torch.Tensor, SharedHandle]:
+        """Take `nbytes` bytes; they live as long as the tensor. To be called once.
+
+        Raises OSError or torch's error if there is not so much.
+        """
+        if self.descriptor is None:
+            tensor = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            storage: Any = tensor.untyped_storage()
+            return tensor, tuple(storage._share_cuda_())
+        handle, self.descriptor = self.descriptor, None
+        try:
+            os.ftruncate(handle, nbytes)
+            return _mapped(handle, nbytes), handle
+        finally:
+            os.close(handle)
 
 
 def open_shared(handle: SharedHandle, nbytes: int) -> torch.Tensor:

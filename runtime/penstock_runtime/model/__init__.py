@@ -5,6 +5,7 @@
     rope.py          rotary position frequencies
     weights.py       `Checkpoint`: safetensors files, memory-mapped; `model_digest`
     linear.py        the one place that multiplies by a weight matrix
+    fused.py         a device's kernels for norm, rotation and activation, where it has them
     layers.py        norm, attention block, feed-forward, decoder layer
     loader.py        a stage's tensors by name and shape, made into layers
     transformer.py   `Transformer`: the layers [a, b) of a model, perhaps embedding and head

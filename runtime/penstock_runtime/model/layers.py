@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from penstock_runtime.attention.base import AttentionBackend
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
+    from penstock_runtime.model.fused import FusedKernels
     from penstock_runtime.model.linear import Linear
+    from penstock_runtime.model.rope import RopeTable
 
 Tensors = dict[str, torch.Tensor]
 """A layer's tensors by their names in the checkpoint, without the layer's prefix."""
@@ -34,6 +36,16 @@ class AttentionStep:
     """The backend's own."""
     rotations: torch.Tensor
     """See `rope.rotations`; complex64 (T, 1, H/2)."""
+    fused: Fused | None = None
+    """None: torch's own operations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Kernels of the device, and the rotations as they take them."""
+
+    kernels: FusedKernels
+    table: RopeTable
 
 
 class RmsNorm:
@@ -43,9 +55,20 @@ class RmsNorm:
         self._weight = weight_D
         self._eps = eps
 
-    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TD: torch.Tensor, fused: Fused | None = None) -> torch.Tensor:
         """Return a new tensor of x's shape."""
+        if fused is not None:
+            return fused.kernels.norm(x_TD, self._weight, self._eps)
         return functional.rms_norm(x_TD, self._weight.shape, self._weight, self._eps)
+
+    def of_sum(
+        self, residual_TD: torch.Tensor, x_TD: torch.Tensor, fused: Fused | None
+    ) -> torch.Tensor:
+        """Add x to `residual` in place and return the norm of the sum; x is used up."""
+        if fused is not None:
+            return fused.kernels.norm_of_sum(residual_TD, x_TD, self._weight, self._eps)
+        residual_TD += x_TD
+        return self(residual_TD)
 
 
 class HeadNorm:
@@ -55,11 +78,21 @@ class HeadNorm:
         q_NH = q_weight_H.float().expand(config.heads, -1)
         k_KH = k_weight_H.float().expand(config.kv_heads, -1)
         self._weight_NH = torch.cat([q_NH, k_KH])
+        self._q_weight_H, self._k_weight_H = q_weight_H, k_weight_H
         self._eps = config.norm_eps
 
     def __call__(self, qk_TNH: torch.Tensor) -> torch.Tensor:
         """Return a new tensor; qk has the query heads, then the key heads, float32."""
         return functional.rms_norm(qk_TNH, qk_TNH.shape[-1:], None, self._eps).mul_(self._weight_NH)
+
+    def apart(
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, kernels: FusedKernels
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return new tensors for q and k, in their own dtype."""
+        return (
+            kernels.norm(q_TNH, self._q_weight_H, self._eps),
+            kernels.norm(k_TKH, self._k_weight_H, self._eps),
+        )
 
 
 class Attention:
@@ -89,20 +122,27 @@ class Attention:
         """Write the keys and values of x into the layer's pages and return (T, D)."""
         qkv = self._qkv(x_TD).view(len(x_TD), -1, self._head_dim)
         turned = self._heads + self._kv_heads
-        qk, v_TKH = qkv[:, :turned].float(), qkv[:, turned:]
+        qk, v_TKH = qkv[:, :turned], qkv[:, turned:]
+        q_TNH, k_TKH = self._turn(qk, step) if step.fused is None else self._fused(qk, step.fused)
+        out_TNH = step.backend.run(step.plan, q_TNH, k_TKH, v_TKH, kv_layer, self._head_dim**-0.5)
+        return self._output(out_TNH.reshape(len(x_TD), -1))
+
+    def _turn(self, qk_TNH: torch.Tensor, step: AttentionStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return q and k with norm and rotation, in float32 on the way."""
+        qk = qk_TNH.float()
         if self._norm is not None:
             qk = self._norm(qk)
         rotate_(qk, step.rotations)
-        qk = qk.to(x_TD.dtype)
-        out_TNH = step.backend.run(
-            step.plan,
-            qk[:, : self._heads],
-            qk[:, self._heads :],
-            v_TKH,
-            kv_layer,
-            self._head_dim**-0.5,
-        )
-        return self._output(out_TNH.reshape(len(x_TD), -1))
+        qk = qk.to(qk_TNH.dtype)
+        return qk[:, : self._heads], qk[:, self._heads :]
+
+    def _fused(self, qk_TNH: torch.Tensor, fused: Fused) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same by the device's kernels; without a norm, in the memory of qk."""
+        q_TNH, k_TKH = qk_TNH[:, : self._heads], qk_TNH[:, self._heads :]
+        if self._norm is not None:
+            q_TNH, k_TKH = self._norm.apart(q_TNH, k_TKH, fused.kernels)
+        fused.kernels.rotate_(q_TNH, k_TKH, fused.table)
+        return q_TNH, k_TKH
 
 
 class FeedForward:
@@ -116,9 +156,12 @@ class FeedForward:
         self._gate_up: Linear = make_linear(torch.cat(gate_up), bias)
         self._down = make_linear(tensors["mlp.down_proj.weight"], tensors.get("mlp.down_proj.bias"))
 
-    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_TD: torch.Tensor, fused: Fused | None = None) -> torch.Tensor:
         """Return (T, D)."""
-        gate_TF, up_TF = self._gate_up(x_TD).chunk(2, dim=-1)
+        gate_up = self._gate_up(x_TD)
+        if fused is not None:
+            return self._down(fused.kernels.gate(gate_up))
+        gate_TF, up_TF = gate_up.chunk(2, dim=-1)
         return self._down(functional.silu(gate_TF).mul_(up_TF))
 
 
@@ -137,8 +180,9 @@ class DecoderLayer:
 
     def __call__(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
         """Add the layer's contribution to x, in place."""
-        x_TD += self._sum(self._attention(self._attention_norm(x_TD), step, kv_layer))
-        x_TD += self._sum(self._mlp(self._mlp_norm(x_TD)))
+        fused = step.fused
+        attended = self._sum(self._attention(self._attention_norm(x_TD, fused), step, kv_layer))
+        x_TD += self._sum(self._mlp(self._mlp_norm.of_sum(x_TD, attended, fused), fused))
 
 
 class Embedding:

@@ -121,7 +121,27 @@ def rotations(
     the implementations that the models were trained with.
     """
     angles = positions_T.to(torch.float32)[:, None] * frequencies
-    return torch.polar(angles.new_tensor(magnitude), angles)[:, None, :]
+    # Filled on the device: a copy from the host could not be part of a CUDA graph.
+    return torch.polar(torch.full_like(angles, magnitude), angles)[:, None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """The rotations of a batch as kernels take them: a table of cosines and sines, and its rows."""
+
+    cos_sin: torch.Tensor
+    """float32 (T, H): H/2 cosines, then H/2 sines; row t is that of the batch's token t."""
+    rows: torch.Tensor
+    """int32 (T,): 0, 1, 2, …; a table of the batch alone serves any length and kind of scaling."""
+
+    @classmethod
+    def of(cls, rotations_T1P: torch.Tensor) -> RopeTable:
+        """Return the table of `rotations`."""
+        planes = rotations_T1P[:, 0]
+        return cls(
+            torch.cat([planes.real, planes.imag], dim=-1),
+            torch.arange(len(planes), dtype=torch.int32, device=planes.device),
+        )
 
 
 def rotate_(x_TNH: torch.Tensor, rotations_T1P: torch.Tensor) -> None:

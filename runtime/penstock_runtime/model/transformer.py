@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from penstock_runtime.attention.base import AttentionShape
 from penstock_runtime.attention.registry import create_attention
 from penstock_runtime.model.collective import Alone
-from penstock_runtime.model.layers import AttentionStep
+from penstock_runtime.model.fused import fused_kernels
+from penstock_runtime.model.layers import AttentionStep, Fused
 from penstock_runtime.model.linear import compute_dtype
 from penstock_runtime.model.loader import Loader, Part
-from penstock_runtime.model.rope import frequencies, rotations
+from penstock_runtime.model.rope import RopeTable, frequencies, rotations
 from penstock_runtime.model.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Transformer:
         self.device = device
         self.attention = attention
         """The backend whose `plan` makes what `forward` takes."""
+        self.kernels = fused_kernels(self.compute_dtype, device)
+        """The device's own kernels; None: torch's operations."""
         self._layers = layers
         self._embedding = embedding
         self._head = head
@@ -92,6 +96,7 @@ class Transformer:
         Raises:
             WeightsError: a tensor is missing, has another shape, or cannot be read.
             ModelConfigError: the heads cannot be dealt out to so many ranks.
+            ConfigurationError: the device lacks something, or has no kernel for the model.
             ValueError: the range of layers is not one of this model's.
         """
         first, last = layers
@@ -99,15 +104,18 @@ class Transformer:
             raise ValueError(f"layers [{first}, {last}) of a model with {config.layers}")
         ranks = ranks or Alone()
         part = Part(config=config, layers=layers, embed=embed, head=head, collective=ranks)
+        local = part.shard.local(config)
+        if attention is None:
+            attention = create_attention(device, attention_shape(local, dtype, device))
         with torch.inference_mode():
             loader = Loader(
                 Checkpoint(path), part, dtype=dtype, device=device, progress=progress or _silent
             )
             return cls(
-                part.shard.local(config),
+                local,
                 dtype=dtype,
                 device=device,
-                attention=create_attention(device) if attention is None else attention,
+                attention=attention,
                 layers=[loader.layer(index) for index in range(first, last)],
                 embedding=loader.embedding() if embed else None,
                 head=loader.head() if head else None,
@@ -140,7 +148,8 @@ class Transformer:
             kv_pool: (pages, b - a, 2, K, S, H); keys and values of the batch are written.
         """
         turns = rotations(positions_T, self._frequencies, self.config.rope.attention_factor)
-        step = AttentionStep(self.attention, plan, turns)
+        fused = None if self.kernels is None else Fused(self.kernels, RopeTable.of(turns))
+        step = AttentionStep(self.attention, plan, turns, fused)
         x_TD = hidden_TD.to(self.compute_dtype, copy=True)
         for index, layer in enumerate(self._layers):
             layer(x_TD, step, kv_pool[:, index])
@@ -153,6 +162,18 @@ class Transformer:
         """
         assert self._head is not None, "loaded without the head"
         return self._head(hidden_RD.to(self.compute_dtype)).float()
+
+
+def attention_shape(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> AttentionShape:
+    """Return what the attention of a model kept in `dtype` looks like on `device`."""
+    return AttentionShape(
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        dtype=compute_dtype(dtype, device),
+    )
 
 
 def _silent(_done: int, _total: int) -> None:

@@ -18,7 +18,9 @@ class NixlSettings:
     transports: str = "tcp"
     """UCX transports, comma-separated. TCP alone: kernel copies between processes on one host
     (CMA) would write without the receiver's process, so its fence would not stop them. On RDMA
-    hosts name the verbs transports beside TCP; never `cma`, nor `all` or `sm`, which contain it."""
+    hosts name the verbs transports beside TCP; never `cma`, nor `all` or `sm`, which contain it.
+    For device memory name `cuda_copy`; never `cuda_ipc`, nor `cuda`, which contains it: it maps a
+    peer's device memory and writes past its fence as well."""
 
     devices: str = ""
     """Network devices, comma-separated (`lo`: this host only). Empty: all that UCX finds."""
@@ -54,7 +56,8 @@ class NixlSettings:
 
     def __post_init__(self) -> None:
         """Refuse what would void the ownership rules or never work."""
-        unsafe = {"all", "cma", "sm", "shm", "knem", "xpmem"} & set(self.transports.split(","))
+        unsafe = {"all", "cma", "sm", "shm", "knem", "xpmem", "cuda", "cuda_ipc"}
+        unsafe &= set(self.transports.split(","))
         if unsafe or not self.transports:
             raise NixlSettingsError(
                 f"transports {self.transports!r} let a peer write past a fence "

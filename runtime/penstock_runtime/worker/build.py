@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from penstock_runtime.cuda_device import find_device, out_of_memory
+from penstock_runtime.engine.cuda_graphs import cuda_capture
 from penstock_runtime.engine.kv_writer import KvWriter, StageIdentity
 from penstock_runtime.engine.ring import ActivationRing
 from penstock_runtime.engine.runner import DecodeRunner, StageRunner
@@ -20,6 +22,7 @@ from penstock_runtime.scheduler.chunk_planner import ChunkPlanner, ChunkSettings
 from penstock_runtime.scheduler.decode import DecodeSettings
 from penstock_runtime.worker.decode import DecodeWorker
 from penstock_runtime.worker.prefill import PrefillWorker
+from penstock_runtime.worker.prepare import capture_graphs, warm_up
 from penstock_runtime.worker.rank_group import RankGroup
 from penstock_wire import model_source
 from penstock_wire.keys import Keys
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from penstock_runtime.engine.compute import Compute
-    from penstock_runtime.kvcache.base import KVLayout
+    from penstock_runtime.engine.cuda_graphs import DecodeGraphs
     from penstock_runtime.kvcache.tensors import PoolTensor
     from penstock_runtime.transfer.base import Transfer
     from penstock_runtime.worker.http import Health
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 RING_SLOTS = 4
 """Hand-overs between two stages that may be under way: one is computed, one travels, and two more
 take up what differs between the stages' times."""
+_LOADED_ON_CUDA = 0.9
+"""How much of the start is done when the weights are there, if graphs are still to be captured."""
 
 
 class Builder:
@@ -84,22 +89,18 @@ class Builder:
         layers = self._layers(config)
         dtype = config.dtype if settings.dtype == "auto" else DTYPES[settings.dtype]
         layout = part.kv_layout(layers=layers, page_size=settings.page_size, dtype=dtype)
-        ranks = RankGroup(
-            settings,
-            config,
-            layers=layers,
-            dtype=dtype,
-            pages=self._pages(layout),
-            layout=layout,
-            places=self._places,
-        )
         self._health.message = "loading weights"
+        ranks = RankGroup(
+            settings, config, layers=layers, dtype=dtype, layout=layout, places=self._places
+        )
         try:
             await ranks.start(path)
             model = await self._compute.run(self._load, path, config, layers, dtype, ranks)
-            pool = await self._compute.run(ranks.pool)
             self._health.message = "waiting for the worker's other ranks"
+            await ranks.loaded()
+            pool = await self._compute.run(ranks.take_pool, model)
             await ranks.connect(self._compute)
+            graphs = await self._compute.run(self._graphs, model, pool, length)
         except BaseException:
             await ranks.others.close()
             raise
@@ -114,24 +115,45 @@ class Builder:
             model_digest=await asyncio.to_thread(model_digest, path),
             kv_layout=config.kv_layout_digest(page_size=settings.page_size, dtype=dtype),
             layers=layers,
-            pages=pool.pages,
+            # The padding of graphs writes to the last page.
+            pages=pool.pages if graphs is None else pool.pages - 1,
             page_size=settings.page_size,
             max_model_len=length,
         )
-        make = self._prefill if settings.role == "prefill" else self._decode
-        return make(hello, keys, model, pool, ranks)
+        if settings.role == "prefill":
+            # On the compute thread: when it returns, the memory is zero, on a GPU too.
+            ring = await self._compute.run(self._ring, hello, model)
+            return self._prefill(hello, keys, model, pool, ring, ranks)
+        runner = DecodeRunner(model, pool, graphs=graphs, followers=ranks.others)
+        return self._decode(hello, keys, runner, ranks)
 
-    def _pages(self, layout: KVLayout) -> int:
-        """Return how many pages the memory holds, each with a part in every rank."""
+    def _graphs(self, model: Transformer, pool: PoolTensor, length: int) -> DecodeGraphs | None:
+        """On CUDA, prove that the largest step can be computed, and capture decode steps."""
         settings = self._settings
-        page_bytes = layout.page_bytes * settings.tensor_parallel
-        pages = settings.kv_memory // page_bytes
-        if pages < 2:
-            raise ConfigurationError(
-                f"--kv-memory {settings.kv_memory} holds {pages} pages of {page_bytes} "
-                "bytes: give it more, or lower --page-size"
-            )
-        return pages
+        decodes = settings.role == "decode"
+        if model.device.type != "cuda" or model.ranks.size > 1:
+            # With several ranks all of them would have to capture, and to warm up, together.
+            return None
+        self._health.message = "preparing kernels"
+        tokens = max(self._step_tokens(), 2)
+        warm_up(model, pool, tokens=tokens, embed=settings.stage == 0, head=decodes)
+        if not decodes:
+            return None
+        return capture_graphs(
+            model,
+            pool,
+            max_batch=settings.max_batch,
+            max_tokens=length,
+            capture=cuda_capture(model.device),
+            progress=self._progress("capturing CUDA graphs", _LOADED_ON_CUDA, 1.0),
+        )
+
+    def _step_tokens(self) -> int:
+        """Return the most tokens of one step."""
+        settings = self._settings
+        if settings.role == "prefill":
+            return max(settings.max_chunk_tokens, settings.page_size)
+        return max(settings.max_chunk_tokens, settings.max_batch + settings.page_size)
 
     def _fetch(self) -> Path:
         settings = self._settings
@@ -152,17 +174,21 @@ class Builder:
         ranks: RankGroup,
     ) -> Transformer:
         settings = self._settings
-        return Transformer.load(
-            path,
-            config,
-            layers=layers,
-            embed=settings.stage == 0,
-            head=settings.role == "decode",
-            dtype=dtype,
-            device=torch.device(settings.device),
-            ranks=ranks.collective,
-            progress=self._progress("loading weights", 0.5, 1.0),
-        )
+        device = find_device(settings.device)
+        loaded = _LOADED_ON_CUDA if device.type == "cuda" else 1.0
+        remedy = "divide the model with prefill.pipelineParallel or tensorParallel"
+        with out_of_memory("The weights", remedy):
+            return Transformer.load(
+                path,
+                config,
+                layers=layers,
+                embed=settings.stage == 0,
+                head=settings.role == "decode",
+                dtype=dtype,
+                device=device,
+                ranks=ranks.collective,
+                progress=self._progress("loading weights", 0.5, loaded),
+            )
 
     def _layers(self, config: ModelConfig) -> tuple[int, int]:
         settings = self._settings
@@ -187,7 +213,7 @@ class Builder:
         return _Progress(self._health, what, first, last)
 
     def _decode(
-        self, hello: Hello, keys: Keys, model: Transformer, pool: PoolTensor, ranks: RankGroup
+        self, hello: Hello, keys: Keys, runner: DecodeRunner, ranks: RankGroup
     ) -> DecodeWorker:
         settings = self._settings
         return DecodeWorker(
@@ -196,16 +222,14 @@ class Builder:
             keys=keys,
             resolver=Resolver(settings.hosts_file),
             health=self._health,
-            runner=DecodeRunner(model, pool, ranks.others),
+            runner=runner,
             compute=self._compute,
             transfer=self._transfer,
             arenas=ranks.arenas,
             others=ranks.others,
             settings=DecodeSettings(
                 max_running=settings.max_batch,
-                max_batch_tokens=max(
-                    settings.max_chunk_tokens, settings.max_batch + settings.page_size
-                ),
+                max_batch_tokens=self._step_tokens(),
                 remote=RemoteSettings(
                     least_tokens=settings.local_prefill_tokens + 1,
                     group_wait_seconds=settings.group_wait_seconds,
@@ -213,18 +237,27 @@ class Builder:
             ),
         )
 
-    def _prefill(
-        self, hello: Hello, keys: Keys, model: Transformer, pool: PoolTensor, ranks: RankGroup
-    ) -> PrefillWorker:
-        settings = self._settings
-        tokens = max(settings.max_chunk_tokens, settings.page_size)
-        shape = (RING_SLOTS, tokens, model.config.hidden_size)
-        ring = ActivationRing(
+    def _ring(self, hello: Hello, model: Transformer) -> ActivationRing:
+        shape = (RING_SLOTS, self._step_tokens(), model.config.hidden_size)
+        return ActivationRing(
             self._transfer,
             f"{hello.name}/{hello.boot_id}",
             torch.zeros(shape, dtype=model.dtype, device=model.device),
             torch.zeros(shape, dtype=model.dtype, device=model.device),
+            streams=self._compute.streams,
         )
+
+    def _prefill(
+        self,
+        hello: Hello,
+        keys: Keys,
+        model: Transformer,
+        pool: PoolTensor,
+        ring: ActivationRing,
+        ranks: RankGroup,
+    ) -> PrefillWorker:
+        settings = self._settings
+        tokens = self._step_tokens()
         identity = StageIdentity(
             name=hello.name, boot_id=hello.boot_id, group=hello.group, stage=hello.stage
         )

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
 
+from penstock_runtime.cuda_device import find_device
 from penstock_runtime.engine.compute import Compute
+from penstock_runtime.engine.streams import streams_of
 from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.model.errors import WeightsError
 from penstock_runtime.transfer import rdma
@@ -54,7 +56,10 @@ class Process:
         self._worker: PrefillWorker | DecodeWorker | None = None
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
-        self._compute = Compute(max(1, settings.threads // settings.tensor_parallel))
+        self._compute = Compute(
+            max(1, settings.threads // settings.tensor_parallel),
+            streams_of(find_device(settings.device)),
+        )
         self._transport = _transport(settings)
         self._transfer = NixlTransfer(
             NixlSettings(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from penstock_runtime.engine.rank_step import RankStep
-    from penstock_runtime.worker.rank import RankSetup
+    from penstock_runtime.worker.rank import RankPool, RankSetup
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +104,16 @@ class RankProcesses:
                 await process.wait()
                 raise _lost(process, setup)
 
+    def give(self, pools: Sequence[RankPool]) -> None:
+        """Tell each rank its pool. Raises RankLost."""
+        for pipe, pool in zip(self._pipes, pools, strict=True):
+            _send(pipe, frame(pool))
+
     def tell(self, step: RankStep) -> None:
         """Send a step. Raises RankLost."""
         encoded = frame(step)
         for pipe in self._pipes:
-            try:
-                _write(pipe, encoded)
-            except BrokenPipeError:
-                raise RankLost("a rank of this worker has ended: see its last log lines") from None
+            _send(pipe, encoded)
 
     async def watch(self) -> None:
         """Raise RankLost when one ends before `close`."""
@@ -143,6 +145,13 @@ class RankProcesses:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
+
+
+def _send(pipe: int, data: bytes) -> None:
+    try:
+        _write(pipe, data)
+    except BrokenPipeError:
+        raise RankLost("a rank of this worker has ended: see its last log lines") from None
 
 
 def _write(pipe: int, data: bytes) -> None:

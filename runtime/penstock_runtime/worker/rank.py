@@ -57,6 +57,11 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     page_size: int
+
+
+class RankPool(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is told when all have loaded: then it is known what they leave of the memory."""
+
     pages: int
     kv: SharedHandle
 
@@ -68,7 +73,7 @@ def frame(message: msgspec.Struct) -> bytes:
 
 
 def main() -> None:
-    """Load, say so, and follow until the worker closes the pipe."""
+    """Load, say so, take the pool, and follow until the worker closes the pipe."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
@@ -82,16 +87,22 @@ def main() -> None:
     setup = msgspec.msgpack.decode(next(frames), type=RankSetup)
     torch.set_num_threads(setup.threads)
     with torch.inference_mode():
-        runner, ranks = _load(setup)
+        model, ranks = _load(setup)
         os.write(reports, b"loaded\n")
         os.close(reports)
+        told = next(frames, None)
+        if told is None:
+            return
+        runner = FollowingRunner(
+            model, _pool(setup, model, msgspec.msgpack.decode(told, type=RankPool))
+        )
         ranks.connect()
         decode = msgspec.msgpack.Decoder(RankStep).decode
         for encoded in frames:
             runner.follow(decode(encoded))
 
 
-def _load(setup: RankSetup) -> tuple[FollowingRunner, Ranks]:
+def _load(setup: RankSetup) -> tuple[Transformer, Ranks]:
     path, device, dtype = Path(setup.model), torch.device(setup.device), DTYPES[setup.dtype]
     ranks = Ranks(
         rank=setup.rank,
@@ -111,10 +122,15 @@ def _load(setup: RankSetup) -> tuple[FollowingRunner, Ranks]:
         device=device,
         ranks=ranks,
     )
-    layout = model.config.kv_layout(layers=setup.layers, page_size=setup.page_size, dtype=dtype)
-    memory = open_shared(setup.kv, setup.pages * layout.page_bytes)
-    pool = PoolTensor(layout, setup.pages, dtype=dtype, device=device, memory=memory)
-    return FollowingRunner(model, pool), ranks
+    return model, ranks
+
+
+def _pool(setup: RankSetup, model: Transformer, told: RankPool) -> PoolTensor:
+    layout = model.config.kv_layout(
+        layers=setup.layers, page_size=setup.page_size, dtype=model.dtype
+    )
+    memory = open_shared(told.kv, told.pages * layout.page_bytes)
+    return PoolTensor(layout, told.pages, dtype=model.dtype, device=model.device, memory=memory)
 
 
 def _frames(stream: IO[bytes]) -> Iterator[bytes]:

@@ -17,9 +17,26 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from penstock_runtime.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class KvMemory:
+    """Memory for KV pages: an amount, or a share of the device memory that the weights leave."""
+
+    amount: int = 0
+    """Bytes; 0: take the share."""
+    share: float = 0.0
+    """Above 0, at most 1."""
+
+    def of(self, free: Callable[[], int]) -> int:
+        """Return the bytes; `free` is asked for what is left of the device if need be."""
+        return self.amount or int(self.share * free())
+
+    def __str__(self) -> str:
+        return str(self.amount) if self.amount else f"{self.share:.0%}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +52,7 @@ class WorkerSettings:
     revision: str
     device: Literal["cpu", "cuda"]
     dtype: str
-    kv_memory: int
+    kv_memory: KvMemory
     page_size: int
     max_model_len: int
     threads: int
@@ -96,10 +113,10 @@ def parser() -> argparse.ArgumentParser:
     )
     a(
         "--kv-memory",
-        type=_quantity,
-        default="1Gi",
-        help="memory for KV pages, for example 4Gi; taken whole at start, so that a full cache is "
-        "never a surprise (default: 1Gi)",
+        type=_kv_memory,
+        help="memory for KV pages, for example 4Gi, or on CUDA a share of the device memory that "
+        "the weights leave, for example 80%%, the rest being for activations; taken whole at "
+        "start, so that a full cache is never a surprise (default: 1Gi, on CUDA 90%%)",
     )
     a(
         "--page-size",
@@ -188,7 +205,16 @@ def parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str] | None = None) -> WorkerSettings:
     """Return the settings of a command line. Raises ConfigurationError on values that conflict."""
-    settings = WorkerSettings(**vars(parser().parse_args(arguments)))
+    values = vars(parser().parse_args(arguments))
+    on_cuda = values["device"] == "cuda"
+    if values["kv_memory"] is None:
+        values["kv_memory"] = KvMemory(share=0.9) if on_cuda else KvMemory(amount=2**30)
+    settings = WorkerSettings(**values)
+    if settings.kv_memory.share and not on_cuda:
+        raise ConfigurationError(
+            f"--kv-memory {settings.kv_memory} is a share of a GPU's memory: with --device cpu "
+            "name an amount, for example 4Gi"
+        )
     if settings.role == "prefill":
         if not 0 <= settings.stage < settings.stages:
             raise ConfigurationError(
@@ -210,11 +236,18 @@ def parse(arguments: Sequence[str] | None = None) -> WorkerSettings:
     return settings
 
 
-def _quantity(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]|[KMG]i)?", text)
+def _kv_memory(text: str) -> KvMemory:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]|[KMG]i|%)?", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory, write for example 2Gi")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no amount of memory, write for example 2Gi or, on CUDA, 80%"
+        )
+    value, unit = float(match[1]), match[2] or ""
+    if unit != "%":
+        return KvMemory(amount=int(value * _UNITS[unit]))
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0% and up to 100%")
+    return KvMemory(share=value / 100)
 
 
 def _counts(text: str) -> tuple[int, ...]:

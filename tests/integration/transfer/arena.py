@@ -41,10 +41,24 @@ class Arena:
     def ranges(self, pages: Sequence[int]) -> Ranges:
         return page_ranges(self.base, self.page_bytes, pages)
 
+    def fill(self, value: int) -> None:
+        self.memory[:] = value
+
     def randomize(self, seed: int) -> None:
-        self.memory[:] = np.random.default_rng(seed).integers(0, 256, self.memory.shape, np.uint8)
+        self.memory[:] = random_bytes(seed, self.memory.shape)
+
+    def bytes(self) -> bytes:
+        return self.memory.tobytes()
 
     def checksums(self, pages: Sequence[int] | None = None) -> list[int]:
         """Return a checksum of each page."""
-        chosen = range(len(self.memory)) if pages is None else pages
-        return [zlib.crc32(self.memory[page].data) for page in chosen]
+        return checksums(self.memory, pages)
+
+
+def random_bytes(seed: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def checksums(memory: NDArray[np.uint8], pages: Sequence[int] | None) -> list[int]:
+    chosen = range(len(memory)) if pages is None else pages
+    return [zlib.crc32(memory[page].data) for page in chosen]

@@ -1,6 +1,7 @@
 """A process with NIXL agents that does what a test tells it over a socket, one JSON a line.
 
-Run as `python -m tests.integration.transfer.peer FD`; `processes.Process` starts and drives it.
+Run as `python -m tests.integration.transfer.peer FD MEMORY`, with host or cuda for the arenas'
+memory; `processes.Process` starts and drives it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from typing import Any
 from penstock_runtime.transfer.base import TransferError
 from penstock_runtime.transfer.nixl import NixlAgent, NixlTransfer
 from penstock_runtime.transfer.nixl_settings import NixlSettings
+from penstock_runtime.transfer.rdma import ucx_transports
 from tests.integration.transfer.arena import Arena, page_ranges
 
 
 class Peer:
     """Executes commands; each may take long, and others go on meanwhile."""
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, device: str) -> None:
         self._writer = writer
-        self._transfer = NixlTransfer(NixlSettings(devices="lo", peer_silence_seconds=60))
+        self._device = device
+        transports = ucx_transports(rdma=False, device=device)
+        self._transfer = NixlTransfer(
+            NixlSettings(transports=transports, devices="lo", peer_silence_seconds=60)
+        )
         self._agents: dict[str, NixlAgent] = {}
         self._arenas: dict[str, Arena] = {}
 
@@ -40,8 +46,16 @@ class Peer:
             self.send({"id": number, "result": result})
 
     async def do_arena(self, arena: str, pages: int, page_bytes: int, fill: int) -> int:
-        self._arenas[arena] = Arena(pages, page_bytes, fill)
+        self._arenas[arena] = await asyncio.to_thread(self._arena, pages, page_bytes, fill)
         return self._arenas[arena].base
+
+    def _arena(self, pages: int, page_bytes: int, fill: int) -> Arena:
+        if self._device == "cpu":
+            return Arena(pages, page_bytes, fill)
+        # torch, and a GPU: only for the tests that ask for it.
+        from tests.integration.transfer.device_arena import DeviceArena
+
+        return DeviceArena(pages, page_bytes, fill)
 
     async def do_open(self, agent: str, arena: str) -> str:
         notify = partial(self._notified, agent)
@@ -106,11 +120,11 @@ class Peer:
         self._arenas[arena].randomize(seed)
 
     async def do_fill(self, arena: str, value: int) -> None:
-        self._arenas[arena].memory[:] = value
+        self._arenas[arena].fill(value)
 
     async def do_values(self, arena: str) -> list[int]:
         """Return the distinct byte values of an arena."""
-        return sorted(set(self._arenas[arena].memory.tobytes()))
+        return sorted(set(self._arenas[arena].bytes()))
 
     async def do_checksums(self, arena: str, pages: list[int] | None) -> list[int]:
         return self._arenas[arena].checksums(pages)
@@ -119,9 +133,9 @@ class Peer:
         await self._transfer.close()
 
 
-async def main(descriptor: int) -> None:
+async def main(descriptor: int, memory: str) -> None:
     reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=descriptor))
-    peer = Peer(writer)
+    peer = Peer(writer, "cpu" if memory == "host" else memory)
     running: set[asyncio.Task[None]] = set()
     while line := await reader.readline():
         task = asyncio.create_task(peer.execute(json.loads(line)))
@@ -131,4 +145,4 @@ async def main(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1])))
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2]))

@@ -41,7 +41,7 @@ class Process:
         self._listener = asyncio.create_task(self._listen())
 
     @classmethod
-    async def start(cls) -> Process:
+    async def start(cls, memory: str = "host") -> Process:
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -49,6 +49,7 @@ class Process:
                 "-m",
                 "tests.integration.transfer.peer",
                 str(theirs.fileno()),
+                memory,
                 cwd=ROOT,
                 pass_fds=[theirs.fileno()],
             )
@@ -108,9 +109,9 @@ class Process:
 
 
 @asynccontextmanager
-async def processes(n: int) -> AsyncIterator[list[Process]]:
-    """Start n peers, and leave none behind."""
-    started = [await Process.start() for _ in range(n)]
+async def processes(n: int, memory: str = "host") -> AsyncIterator[list[Process]]:
+    """Start n peers with arenas in host or cuda memory, and leave none behind."""
+    started = [await Process.start(memory) for _ in range(n)]
     try:
         yield started
     finally:

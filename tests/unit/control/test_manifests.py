@@ -203,6 +203,34 @@ def test_rdma_asks_for_the_resource_and_the_right_to_pin_memory() -> None:
     assert "--rdma" not in plain["args"]
 
 
+def test_a_gpu_brings_the_device_and_takes_its_memory() -> None:
+    objects = render(service(decode={"resources": {"gpu": 2}}), Inputs())
+    resources = container(objects, "decode")["resources"]
+    assert resources["limits"] == resources["requests"] == {"nvidia.com/gpu": "2"}
+    given = flags(objects, "decode")
+    assert (given["--device"], given["--kv-memory"]) == ("cuda", "90%")
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "memory"),
+    [
+        ({}, "cpu", str(2**30)),
+        ({"kvCache": {"memory": "2Gi"}}, "cpu", str(2**31)),
+        (
+            {"kvCache": {"memory": "2Gi"}, "decode": {"resources": {"gpu": 1}}},
+            "cuda",
+            str(2**31),
+        ),
+        ({"device": "cpu", "decode": {"resources": {"gpu": 1}}}, "cpu", str(2**30)),
+    ],
+)
+def test_kv_memory_is_what_the_manifest_says_or_fits_the_device(
+    spec: dict[str, Any], device: str, memory: str
+) -> None:
+    given = flags(render(service(**spec), Inputs()), "decode")
+    assert (given["--device"], given["--kv-memory"]) == (device, memory)
+
+
 def test_roles_that_the_manifest_does_not_number_have_a_scaler() -> None:
     chosen = service(
         prefill={"autoscaling": {"minReplicas": 2, "maxReplicas": 3}}, router={"replicas": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock_runtime.attention.base import AttentionBackend, Segment
+from penstock_runtime.attention.base import AttentionBackend, AttentionShape, Segment
 from penstock_runtime.attention.dense import DenseAttention
 from penstock_runtime.attention.paged_cpu import (
     PagedCpuAttention,
@@ -21,6 +22,7 @@ from penstock_runtime.attention.paged_cpu import (
 )
 from penstock_runtime.attention.reference import ReferenceAttention
 from penstock_runtime.attention.registry import create_attention
+from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.kvcache.base import KVLayout, pages_for
 from penstock_runtime.kvcache.tensors import PoolTensor
 
@@ -212,8 +214,17 @@ def test_padding_is_at_most_an_eighth(pages):
     assert pages <= padded_pages(pages) <= pages * 1.125
 
 
-def test_each_device_has_a_backend():
-    assert isinstance(create_attention(CPU), PagedCpuAttention)
-    assert isinstance(create_attention(torch.device("cuda", 0)), DenseAttention)
+def shape(dtype):
+    return AttentionShape(heads=4, kv_heads=2, head_dim=64, dtype=dtype)
+
+
+def test_each_device_has_a_backend(monkeypatch):
+    assert isinstance(create_attention(CPU, shape(torch.bfloat16)), PagedCpuAttention)
+    cuda = torch.device("cuda", 0)
+    assert isinstance(create_attention(cuda, shape(torch.float32)), DenseAttention)
     with pytest.raises(ValueError, match=r"no attention backend for meta; supported are"):
-        create_attention(torch.device("meta"))
+        create_attention(torch.device("meta"), shape(torch.float32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(ConfigurationError, match=r"install penstock's `gpu` extra"):
+        create_attention(cuda, shape(torch.bfloat16))

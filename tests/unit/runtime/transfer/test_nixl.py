@@ -26,7 +26,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("transports", ["all", "tcp,cma", "sm", "shm,tcp", ""])
+@pytest.mark.parametrize(
+    "transports", ["all", "tcp,cma", "sm", "shm,tcp", "tcp,cuda_ipc", "tcp,cuda", ""]
+)
 def test_transports_that_defy_a_fence_are_refused(transports: str) -> None:
     with pytest.raises(NixlSettingsError, match="past a fence"):
         NixlSettings(transports=transports)
