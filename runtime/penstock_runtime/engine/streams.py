@@ -50,7 +50,9 @@ class HostStreams:
 
     async def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy at once."""
-        target.copy_(source)
+        # Arenas are made on the compute thread, where tensors are for inference only.
+        with torch.inference_mode():
+            target.copy_(source)
 
     async def clone(self, source: torch.Tensor) -> torch.Tensor:
         """Copy at once."""
@@ -77,7 +79,7 @@ class CudaStreams:
     async def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See `Streams`."""
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._copies):
+        with torch.inference_mode(), torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
             event.record(self._copies)
         # Shielded: a caller that is cancelled must not let go of memory that is being read.

@@ -72,6 +72,14 @@ def test_the_cpu_has_nothing_to_wait_for() -> None:
     assert isinstance(streams_of(torch.device("cpu")), HostStreams)
 
 
+async def test_memory_made_by_compute_can_be_copied_to() -> None:
+    compute = Compute(1)
+    arena = await compute.run(torch.zeros, 3)
+    await compute.streams.copy(arena[:2], torch.ones(2))
+    assert (await compute.streams.clone(arena)).tolist() == [1, 1, 0]
+    compute.close()
+
+
 async def test_what_compute_returns_has_been_computed() -> None:
     device = LazyDevice()
     compute = Compute(1, device)
