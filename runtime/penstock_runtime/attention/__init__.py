@@ -3,6 +3,7 @@
 base.py         the interface: `plan` once a forward pass, `run` once a layer
 registry.py     which backend a device gets
 slots.py        where a batch's own keys and values are written (shared)
+paged_native.py CPU, the C++ kernels: reads pages in place
 paged_cpu.py    CPU, without a compiler: gathered pages, flash attention, merge by logsumexp
 dense.py        any device: gathered pages, masked scaled_dot_product_attention
 reference.py    the definition in float32, for tests

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from penstock_runtime.model.layers import DecoderLayer, Head
-from penstock_runtime.model.linear import compute_dtype
 
 if TYPE_CHECKING:
     import torch
 
     from penstock_runtime.model.config import ModelConfig
+    from penstock_runtime.model.operators import Operators
     from penstock_runtime.model.weights import Checkpoint, Progress
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
@@ -83,6 +83,7 @@ class Loader:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        operators: Operators,
         progress: Progress,
     ) -> None:
         """Raises WeightsError naming the tensors that `checkpoint` lacks."""
@@ -90,17 +91,14 @@ class Loader:
         self._shapes = part.shapes()
         self._reader = checkpoint.read(self._shapes, progress)
         self._dtype = dtype
-        self._compute_dtype = compute_dtype(dtype, device)
         self._device = device
+        self._operators = operators
         self._table: torch.Tensor | None = None
 
     def layer(self, index: int) -> DecoderLayer:
         """Return the layer `index` of the model. Raises WeightsError."""
-        tensors = {
-            name: self._take(_full(index, name)).to(self._compute_dtype)
-            for name in layer_shapes(self._config)
-        }
-        return DecoderLayer(tensors, self._config)
+        tensors = {name: self._take(_full(index, name)) for name in layer_shapes(self._config)}
+        return DecoderLayer(tensors, self._config, self._operators)
 
     def embedding(self) -> torch.Tensor:
         """Return the embeddings, (V, D). Raises WeightsError."""
@@ -112,8 +110,7 @@ class Loader:
         """Return the final norm and the projection to logits. Raises WeightsError."""
         tied = self._config.tied_embeddings
         weight = self.embedding() if tied else self._take(_HEAD)
-        norm = self._take(_FINAL_NORM)
-        return Head(norm.to(self._compute_dtype), weight.to(self._compute_dtype), self._config)
+        return Head(self._take(_FINAL_NORM), weight, self._config, self._operators)
 
     def _take(self, name: str) -> torch.Tensor:
         """Return a tensor of our own: the file may change or vanish once it is loaded."""

@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional
 
 from penstock_runtime.attention.registry import create_attention
+from penstock_runtime.kernels.selection import select_kernels
 from penstock_runtime.model.layers import AttentionStep
-from penstock_runtime.model.linear import compute_dtype
 from penstock_runtime.model.loader import Loader, Part
+from penstock_runtime.model.operators import create_operators
 from penstock_runtime.model.rope import frequencies, rotations
 from penstock_runtime.model.weights import Checkpoint
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from penstock_runtime.attention.base import AttentionBackend
+    from penstock_runtime.kernels.selection import KernelChoice
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.layers import DecoderLayer, Head
     from penstock_runtime.model.weights import Progress
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 class Transformer:
     """The layers [a, b) of a model on one device.
 
-    Activations that enter and leave have `dtype`; inside, arithmetic is in `compute_dtype`. Call
-    under `torch.inference_mode`, from one thread at a time.
+    Activations that enter and leave a layer have the precision of `dtype`; inside, arithmetic is in
+    `compute_dtype`. So where a model is cut into stages changes no bit of its result. Call under
+    `torch.inference_mode`, from one thread at a time.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Transformer:
         config: ModelConfig,
         *,
         dtype: torch.dtype,
+        compute_dtype: torch.dtype,
         device: torch.device,
         attention: AttentionBackend[Any],
         layers: Sequence[DecoderLayer],
@@ -47,7 +51,7 @@ class Transformer:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        self.compute_dtype = compute_dtype(dtype, device)
+        self.compute_dtype = compute_dtype
         self.device = device
         self.attention = attention
         """The backend whose `plan` makes what `forward` takes."""
@@ -67,6 +71,7 @@ class Transformer:
         head: bool,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: KernelChoice = "auto",
         attention: AttentionBackend[Any] | None = None,
         progress: Progress | None = None,
     ) -> Transformer:
@@ -80,26 +85,36 @@ class Transformer:
             head: a decode worker: `logits` will be called.
             dtype: of KV and of activations between stages; weights are rounded to it.
             device: where to compute.
-            attention: None: the device's own.
+            kernels: whose; see `kernels.selection`.
+            attention: None: the device's and the kernels' own.
             progress: called with (bytes read, bytes in all) after every tensor.
 
         Raises:
             WeightsError: a tensor is missing, has another shape, or cannot be read.
+            ConfigurationError: the kernels asked for cannot be used.
             ValueError: the range of layers is not one of this model's.
         """
         first, last = layers
         if not 0 <= first < last <= config.layers:
             raise ValueError(f"layers [{first}, {last}) of a model with {config.layers}")
         part = Part(config=config, layers=layers, embed=embed, head=head)
+        native = select_kernels(kernels, device)
+        operators = create_operators(native, dtype, device)
         with torch.inference_mode():
             loader = Loader(
-                Checkpoint(path), part, dtype=dtype, device=device, progress=progress or _silent
+                Checkpoint(path),
+                part,
+                dtype=dtype,
+                device=device,
+                operators=operators,
+                progress=progress or _silent,
             )
             return cls(
                 config,
                 dtype=dtype,
+                compute_dtype=operators.compute_dtype,
                 device=device,
-                attention=create_attention(device) if attention is None else attention,
+                attention=attention or create_attention(device, native),
                 layers=[loader.layer(index) for index in range(first, last)],
                 embedding=loader.embedding() if embed else None,
                 head=loader.head() if head else None,
@@ -135,6 +150,8 @@ class Transformer:
         x_TD = hidden_TD.to(self.compute_dtype, copy=True)
         for index, layer in enumerate(self._layers):
             layer(x_TD, step, kv_pool[:, index])
+            if self.dtype != self.compute_dtype:
+                x_TD.copy_(x_TD.to(self.dtype))
         return x_TD.to(self.dtype)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

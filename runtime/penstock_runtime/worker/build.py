@@ -122,6 +122,7 @@ class Builder:
             head=settings.role == "decode",
             dtype=config.dtype if settings.dtype == "auto" else DTYPES[settings.dtype],
             device=torch.device(settings.device),
+            kernels=settings.kernels,
             progress=self._progress("loading weights", 0.5, 1.0),
         )
 

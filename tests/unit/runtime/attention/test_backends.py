@@ -19,10 +19,12 @@ from penstock_runtime.attention.paged_cpu import (
     merge,
     padded_pages,
 )
+from penstock_runtime.attention.paged_native import PagedNativeAttention
 from penstock_runtime.attention.reference import ReferenceAttention
 from penstock_runtime.attention.registry import create_attention
 from penstock_runtime.kvcache.base import KVLayout, pages_for
 from penstock_runtime.kvcache.tensors import PoolTensor
+from tests.unit.runtime.kernels.built import built_kernels
 
 CPU = torch.device("cpu")
 LAYERS = 3
@@ -88,9 +90,10 @@ span = st.one_of(
     backend=st.one_of(
         st.just(DenseAttention()),
         st.builds(PagedCpuAttention, st.sampled_from([1, 32, 4096]), st.sampled_from([1, 64])),
+        st.builds(lambda: PagedNativeAttention(built_kernels())),
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=90, deadline=None)
 def test_equals_the_definition(spans, kv_heads, group, head_dim, page_size, layer, backend):
     shape = {
         "heads": kv_heads * group,
@@ -213,7 +216,11 @@ def test_padding_is_at_most_an_eighth(pages):
 
 
 def test_each_device_has_a_backend():
-    assert isinstance(create_attention(CPU), PagedCpuAttention)
-    assert isinstance(create_attention(torch.device("cuda", 0)), DenseAttention)
+    assert isinstance(create_attention(CPU, None), PagedCpuAttention)
+    assert isinstance(create_attention(torch.device("cuda", 0), None), DenseAttention)
     with pytest.raises(ValueError, match=r"no attention backend for meta; supported are"):
-        create_attention(torch.device("meta"))
+        create_attention(torch.device("meta"), None)
+
+
+def test_the_kernels_have_a_backend_of_their_own():
+    assert isinstance(create_attention(CPU, built_kernels()), PagedNativeAttention)
