@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from penstock_runtime.kernels.library import load
+from penstock_runtime.memory import large_empty
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -203,7 +204,7 @@ class Kernels:
         narrow = inputs % 2 == 0 and _is_bfloat16(weight_NK)
         dtype = torch.bfloat16 if narrow else torch.float32
         plain = weight_NK.to(dtype).contiguous()
-        packed = torch.empty(self._packed_elements(outputs, inputs), dtype=dtype)
+        packed = large_empty(self._packed_elements(outputs, inputs), dtype)
         pack = self._library.penstock_pack_bf16 if narrow else self._library.penstock_pack_f32
         pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
         pack(plain.data_ptr(), outputs, inputs, packed.data_ptr())

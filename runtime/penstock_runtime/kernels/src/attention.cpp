@@ -35,6 +35,8 @@ namespace {
 constexpr long kKeyBlock = 128;
 constexpr long kSection = 1024;
 constexpr long kTaskRows = 96;
+constexpr long kFewQueries = 16;
+static_assert(kFewQueries >= kMaxRows);
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 0x1.715476p+0f;
 
@@ -129,7 +131,7 @@ class Kernel {
   long task_rows() const { return task_tokens() * group_; }
   long state_floats() const { return round_up(State::floats(task_rows(), columns_), kLanes); }
   long workspace_floats() const {
-    return 2 * state_floats() + task_rows() * kv_.key_dim + kMaxRows * kKeyBlock +
+    return 2 * state_floats() + task_rows() * kv_.key_dim + kFewQueries * kKeyBlock +
            kKeyBlock * (kv_.key_dim + columns_) + kv_.key_dim + kv_.value_dim + kLanes;
   }
   long sections(const Task& task) const { return (last_position(task) + kSection) / kSection; }
@@ -197,74 +199,159 @@ class Kernel {
 
   template <class T>
   void section_of(const Task& task, long section, const State& sums, float* work) const {
+    const Buffers<T> at = buffers<T>(work);
+    std::memset(at.zeros, 0, static_cast<size_t>(kv_.key_dim + kv_.value_dim) * sizeof(T));
+    sums.reset(task.count * group_, columns_);
+    scale_queries(task, at.q);
+    const long begin = section * kSection;
+    const long end = std::min(begin + kSection, last_position(task) + 1);
+    Rows<T> rows[2];
+    locate(task, begin, end, at.zeros, rows[0]);
+    for (long first = begin, turn = 0; first < end; first += kKeyBlock, turn ^= 1) {
+      locate(task, first + kKeyBlock, end, at.zeros, rows[turn ^ 1]);
+      if (task.count * group_ <= kFewQueries) {
+        few_queries(task, first, rows[turn], rows[turn ^ 1], at, sums);
+      } else {
+        many_queries(task, first, rows[turn], rows[turn ^ 1], at, sums);
+      }
+    }
+  }
+
+  // Where the keys and values of one block lie, in whole panels: zeros behind the last.
+  template <class T>
+  struct Rows {
+    long count;
+    const T* keys[kKeyBlock];
+    const T* values[kKeyBlock];
+  };
+
+  template <class T>
+  struct Buffers {
+    float* q;       // (rows of the task, key_dim)
+    float* scores;  // (kFewQueries, kKeyBlock)
+    float* keys;    // panels (key_dim, 16)
+    float* values;  // panels (tokens, 16)
+    T* zeros;
+  };
+
+  template <class T>
+  Buffers<T> buffers(float* work) const {
     float* q = work + 2 * state_floats();
     float* scores = q + task_rows() * kv_.key_dim;
-    float* keys = scores + kMaxRows * kKeyBlock;
+    float* keys = scores + kFewQueries * kKeyBlock;
     float* values = keys + kKeyBlock * kv_.key_dim;
-    T* zeros = reinterpret_cast<T*>(values + kKeyBlock * columns_);
-    std::memset(zeros, 0, static_cast<size_t>(kv_.key_dim + kv_.value_dim) * sizeof(T));
-    const long rows = task.count * group_;
-    sums.reset(rows, columns_);
-    scale_queries(task, q);
-    const long end = std::min((section + 1) * kSection, last_position(task) + 1);
-    for (long first = section * kSection; first < end; first += kKeyBlock) {
-      const long count = std::min(kKeyBlock, end - first);
-      pack<T>(task, first, count, zeros, keys, values);
-      for_row_groups(rows, [&](long row, int group) {
-        block(task, first, row, group, q, scores, keys, values, sums);
+    return {q, scores, keys, values, reinterpret_cast<T*>(values + kKeyBlock * columns_)};
+  }
+
+  template <class T>
+  void locate(const Task& task, long first, long end, const T* zeros, Rows<T>& rows) const {
+    rows.count = std::max(0L, std::min(kKeyBlock, end - first));
+    const int64_t* page = call_.pages + call_.first_pages[task.segment] + first / kv_.page_size;
+    long token = first % kv_.page_size;
+    for (long t = 0; t < rows.count; t++) {
+      const long slot = task.kv_head * kv_.page_size + token;
+      rows.keys[t] =
+          static_cast<const T*>(kv_.keys) + *page * kv_.key_page_stride + slot * kv_.key_stride;
+      rows.values[t] = static_cast<const T*>(kv_.values) + *page * kv_.value_page_stride +
+                       slot * kv_.value_stride;
+      if (++token == kv_.page_size) {
+        token = 0;
+        page++;
+      }
+    }
+    for (long t = rows.count; t < round_up(rows.count, kLanes); t++) {
+      rows.keys[t] = rows.values[t] = zeros;
+    }
+  }
+
+  // Keys of 16 tokens. Pages lie anywhere, so the processor cannot guess what comes next: it is told.
+  template <class T>
+  void pack_keys(const Rows<T>& rows, const Rows<T>& next, long t, float* to) const {
+    for (long i = t; i < std::min(t + kLanes, next.count); i++) {
+      prefetch(next.keys[i], kv_.key_dim);
+    }
+    transpose_panel(rows.keys + t, kv_.key_dim, to);
+  }
+
+  // Values of 16 tokens; `panel`: from one panel of columns to the next.
+  template <class T>
+  void pack_values(const Rows<T>& rows, const Rows<T>& next, long t, float* to, long panel) const {
+    for (long i = t; i < std::min(t + kLanes, next.count); i++) {
+      prefetch(next.values[i], kv_.value_dim);
+    }
+    for (long i = 0; i < kLanes; i++) {
+      for (long c = 0; c < columns_; c += kLanes) {
+        widen_some(rows.values[t + i] + c, kv_.value_dim - c, to + c / kLanes * panel + i * kLanes);
+      }
+    }
+  }
+
+  template <class T>
+  static void prefetch(const T* row, long count) {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    for (long i = 0; i < count * static_cast<long>(sizeof(T)); i += kLine) {
+      __builtin_prefetch(bytes + i, 0, 2);
+    }
+  }
+
+  // Keys of a block, counted from its first, that row r sees. May be less than 1.
+  long visible(const Task& task, long first, long r) const {
+    return call_.starts[task.segment] + task.first + r / group_ + 1 - first;
+  }
+
+  // Scores of rows [row, row + count) become weights, and what was summed before is scaled.
+  void softmax(const Task& task, long first, long row, long count, long panels, float* scores,
+               const State& sums) const {
+    for (long r = row; r < row + count; r++) {
+      const long seen = std::min(panels * kLanes, visible(task, first, r));
+      const float factor = softmax_row(scores + (r - row) * kKeyBlock, panels, seen,
+                                       sums.maximum + r, sums.sum + r * kLanes);
+      if (factor != 1.0f) scale_row(sums.out + r * columns_, columns_, factor);
+    }
+  }
+
+  // Memory is the limit: 16 tokens at a time are packed, and used while they are in the first level.
+  template <class T>
+  void few_queries(const Task& task, long first, const Rows<T>& rows, const Rows<T>& next,
+                const Buffers<T>& at, const State& sums) const {
+    const long count = task.count * group_;
+    const long panels = (rows.count + kLanes - 1) / kLanes;
+    for (long t = 0; t < rows.count; t += kLanes) {
+      pack_keys(rows, next, t, at.keys);
+      for_row_groups(count, [&](long row, int group) {
+        multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim, at.keys, 0, kv_.key_dim,
+                      at.scores + row * kKeyBlock + t, kKeyBlock, kLanes, Into::store);
+      });
+    }
+    softmax(task, first, 0, count, panels, at.scores, sums);
+    for (long t = 0; t < rows.count; t += kLanes) {
+      pack_values(rows, next, t, at.values, kLanes * kLanes);
+      for_row_groups(count, [&](long row, int group) {
+        multiply_rows(group, at.scores + row * kKeyBlock + t, kKeyBlock, at.values,
+                      kLanes * kLanes, std::min<long>(kLanes, rows.count - t),
+                      sums.out + row * columns_, columns_, columns_, Into::continue_);
       });
     }
   }
 
-  // Widens the keys and values at [first, first + count) into panels, zeros behind them.
+  // Arithmetic is the limit: the block is packed once for all rows.
   template <class T>
-  void pack(const Task& task, long first, long count, const T* zeros, float* keys,
-            float* values) const {
-    const int64_t* pages = call_.pages + call_.first_pages[task.segment];
-    const T* key_rows[kKeyBlock];
-    const T* value_rows[kKeyBlock];
-    for (long t = 0; t < round_up(count, kLanes); t++) {
-      if (t >= count) {
-        key_rows[t] = value_rows[t] = zeros;
-        continue;
-      }
-      const long page = pages[(first + t) / kv_.page_size];
-      const long slot = task.kv_head * kv_.page_size + (first + t) % kv_.page_size;
-      key_rows[t] = static_cast<const T*>(kv_.keys) + page * kv_.key_page_stride +
-                    slot * kv_.key_stride;
-      value_rows[t] = static_cast<const T*>(kv_.values) + page * kv_.value_page_stride +
-                      slot * kv_.value_stride;
+  void many_queries(const Task& task, long first, const Rows<T>& rows, const Rows<T>& next,
+                 const Buffers<T>& at, const State& sums) const {
+    for (long t = 0; t < rows.count; t += kLanes) {
+      pack_keys(rows, next, t, at.keys + t * kv_.key_dim);
+      pack_values(rows, next, t, at.values + t * kLanes, kLanes * kKeyBlock);
     }
-    for (long t = 0; t < count; t += kLanes) {
-      transpose_panel(key_rows + t, kv_.key_dim, keys + t * kv_.key_dim);
-    }
-    for (long t = 0; t < round_up(count, kLanes); t++) {
-      for (long i = 0; i < columns_; i += kLanes) {
-        widen_some(value_rows[t] + i, kv_.value_dim - i, values + i * kKeyBlock + t * kLanes);
-      }
-    }
-  }
-
-  // One block for the rows [row, row + group) of the task.
-  void block(const Task& task, long first, long row, int group, const float* q, float* scores,
-             const float* keys, const float* values, const State& sums) const {
-    // Position of the first key that is behind row r's own, relative to the block.
-    const auto visible = [&](long r) {
-      return call_.starts[task.segment] + task.first + r / group_ + 1 - first;
-    };
-    const long count = std::min(kKeyBlock, visible(row + group - 1));
-    if (count <= 0) return;
-    const long panels = (count + kLanes - 1) / kLanes;
-    multiply_rows(group, q + row * kv_.key_dim, kv_.key_dim, keys, kLanes * kv_.key_dim,
-                  kv_.key_dim, scores, kKeyBlock, panels * kLanes, Into::store);
-    for (int r = 0; r < group; r++) {
-      const float factor =
-          softmax_row(scores + r * kKeyBlock, panels, std::min(panels * kLanes, visible(row + r)),
-                      sums.maximum + row + r, sums.sum + (row + r) * kLanes);
-      if (factor != 1.0f) scale_row(sums.out + (row + r) * columns_, columns_, factor);
-    }
-    multiply_rows(group, scores, kKeyBlock, values, kLanes * kKeyBlock, count,
-                  sums.out + row * columns_, columns_, columns_, Into::continue_);
+    for_row_groups(task.count * group_, [&](long row, int group) {
+      const long count = std::min(rows.count, visible(task, first, row + group - 1));
+      if (count <= 0) return;
+      const long panels = (count + kLanes - 1) / kLanes;
+      multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim, at.keys, kLanes * kv_.key_dim,
+                    kv_.key_dim, at.scores, kKeyBlock, panels * kLanes, Into::store);
+      softmax(task, first, row, group, panels, at.scores, sums);
+      multiply_rows(group, at.scores, kKeyBlock, at.values, kLanes * kKeyBlock, count,
+                    sums.out + row * columns_, columns_, columns_, Into::continue_);
+    });
   }
 
   const Attention& call_;
