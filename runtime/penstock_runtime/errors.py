@@ -3,7 +3,8 @@
     PenstockRuntimeError
     ├── ConfigurationError     a setting or the model cannot be served: fix it and start again
     ├── PipelineBroken         an epoch of a prefill group ended: a newer one will be formed
-    └── RankLost               another rank of this worker ended: the worker ends, too
+    ├── RankLost               another rank of this worker ended: the worker ends, too
+    └── KernelsUnavailable     (kernels.library) the C++ kernels cannot be used: torch's can
 
 Transfers raise `transfer.base.TransferError`, control links `penstock_wire.sockets.LinkDown`.
 """

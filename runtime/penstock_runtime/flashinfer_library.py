@@ -112,15 +112,6 @@ class FlashInfer(Protocol):
         """Normalise the last dimension of a tensor of 2 or 3 dimensions."""
         ...
 
-    def fused_add_rmsnorm(
-        self,
-        input: torch.Tensor,  # noqa: A002
-        residual: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-    ) -> None:
-        """Add input to residual, then put the norm of that into input."""
-
     def silu_and_mul(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
         """Return silu(first half) · second half of the last dimension."""
         ...

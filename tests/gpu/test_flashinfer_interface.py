@@ -14,7 +14,6 @@ pytestmark = pytest.mark.gpu
 FUNCTIONS = (
     "append_paged_kv_cache",
     "rmsnorm",
-    "fused_add_rmsnorm",
     "silu_and_mul",
     "apply_rope_with_cos_sin_cache_inplace",
 )

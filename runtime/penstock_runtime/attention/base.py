@@ -73,3 +73,31 @@ class AttentionBackend(ABC, Generic[PlanT]):
         `kv_layer` is the pool's view of one layer, (pages, 2, K, S, H), not contiguous. A query at
         position p sees the keys at positions [0, p] of its own sequence.
         """
+
+
+class ProjectedAttention(AttentionBackend[PlanT]):
+    """A backend that also does what lies between the projections and attention, in one pass."""
+
+    @abstractmethod
+    def run_projected(
+        self,
+        plan: PlanT,
+        qkv_TW: torch.Tensor,
+        heads: int,
+        norm: tuple[torch.Tensor, float] | None,
+        rotations: torch.Tensor,
+        kv_layer: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Norm and rotate q and k, write k and v, and return attention's output, (T, N · H).
+
+        Args:
+            plan: of the batch.
+            qkv_TW: the heads of q, k and v side by side, (T, (N + 2·K) · H); changed.
+            heads: N.
+            norm: weights (N + K, H) and epsilon of an RMS norm over each head, or none.
+            rotations: complex64 (T, 1, H / 2): what pairs of neighbours in q and k are
+                multiplied by.
+            kv_layer: as for `run`.
+            scale: as for `run`.
+        """

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from penstock_runtime.memory import large_empty
+
 if TYPE_CHECKING:
     from penstock_runtime.kvcache.base import KVLayout
 
@@ -60,6 +62,8 @@ class PoolTensor:
 
 def _aligned_empty(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return `elements` uninitialised elements that start on an ALIGNMENT border."""
+    if device.type == "cpu":
+        return large_empty(elements, dtype, ALIGNMENT)
     spare = ALIGNMENT // dtype.itemsize
     memory = torch.empty(elements + spare, dtype=dtype, device=device)
     offset = -memory.data_ptr() % ALIGNMENT // dtype.itemsize

@@ -4,9 +4,10 @@
     config.py        `ModelConfig`, read from a checkpoint's config.json (fields.py: typed reads)
     rope.py          rotary position frequencies
     weights.py       `Checkpoint`: safetensors files, memory-mapped; `model_digest`
-    linear.py        the one place that multiplies by a weight matrix
+    operators.py     what layers are made of: torch's operators, or the C++ kernels'
+    linear.py        multiplying by a weight matrix with what torch has
     fused.py         a device's kernels for norm, rotation and activation, where it has them
-    layers.py        norm, attention block, feed-forward, decoder layer
+    layers.py        attention block, feed-forward, decoder layer
     loader.py        a stage's tensors by name and shape, made into layers
     transformer.py   `Transformer`: the layers [a, b) of a model, perhaps embedding and head
 

@@ -1,8 +1,8 @@
 """Kernels that do in one pass what takes torch several, on devices that have them.
 
-Layers ask the `AttentionStep` for them; None means torch's own operations, which are the
-definition. Results differ by rounding: these keep 16 bits between norm and rotation, as Hugging
-Face does, and torch's path float32.
+`operators` makes layers of them, and what lies before attention asks the `AttentionStep` for them;
+None means torch's own operations, which are the definition. Results differ by rounding: these keep
+16 bits between norm and rotation, as Hugging Face does, and torch's path float32.
 """
 
 from __future__ import annotations
@@ -23,12 +23,6 @@ class FusedKernels(Protocol):
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return the RMS norm over the last dimension of x, of 2 or 3 dimensions."""
-        ...
-
-    def norm_of_sum(
-        self, residual_TD: torch.Tensor, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """Add x to `residual` in place, and return the norm of the sum, in x's memory."""
         ...
 
     def rotate_(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, table: RopeTable) -> None:
@@ -58,13 +52,6 @@ class FlashInferKernels:
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `FusedKernels`."""
         return self._library.rmsnorm(x, weight, eps)
-
-    def norm_of_sum(
-        self, residual_TD: torch.Tensor, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """See `FusedKernels`."""
-        self._library.fused_add_rmsnorm(x_TD, residual_TD, weight_D, eps)
-        return x_TD
 
     def rotate_(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, table: RopeTable) -> None:
         """See `FusedKernels`."""

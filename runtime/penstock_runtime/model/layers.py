@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from penstock_runtime.model.linear import make_linear
+from penstock_runtime.attention.base import ProjectedAttention
 from penstock_runtime.model.rope import interleave_rows, rotate_
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.fused import FusedKernels
     from penstock_runtime.model.linear import Linear
+    from penstock_runtime.model.operators import Operators
     from penstock_runtime.model.rope import RopeTable
 
 Tensors = dict[str, torch.Tensor]
@@ -37,7 +38,7 @@ class AttentionStep:
     rotations: torch.Tensor
     """See `rope.rotations`; complex64 (T, 1, H/2)."""
     fused: Fused | None = None
-    """None: torch's own operations."""
+    """Kernels of the device for what lies before attention; None: torch's own operations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,64 +49,41 @@ class Fused:
     table: RopeTable
 
 
-class RmsNorm:
-    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
-        self._weight = weight_D
-        self._eps = eps
-
-    def __call__(self, x_TD: torch.Tensor, fused: Fused | None = None) -> torch.Tensor:
-        """Return a new tensor of x's shape."""
-        if fused is not None:
-            return fused.kernels.norm(x_TD, self._weight, self._eps)
-        return functional.rms_norm(x_TD, self._weight.shape, self._weight, self._eps)
-
-    def of_sum(
-        self, residual_TD: torch.Tensor, x_TD: torch.Tensor, fused: Fused | None
-    ) -> torch.Tensor:
-        """Add x to `residual` in place and return the norm of the sum; x is used up."""
-        if fused is not None:
-            return fused.kernels.norm_of_sum(residual_TD, x_TD, self._weight, self._eps)
-        residual_TD += x_TD
-        return self(residual_TD)
-
-
 class HeadNorm:
     """RMS norm over each head of q and k, with their own weights, in float32."""
 
     def __init__(self, q_weight_H: torch.Tensor, k_weight_H: torch.Tensor, config: ModelConfig):
         q_NH = q_weight_H.float().expand(config.heads, -1)
         k_KH = k_weight_H.float().expand(config.kv_heads, -1)
-        self._weight_NH = torch.cat([q_NH, k_KH])
+        self.weight_NH = torch.cat([q_NH, k_KH])
         self._q_weight_H, self._k_weight_H = q_weight_H, k_weight_H
-        self._eps = config.norm_eps
+        self.eps = config.norm_eps
 
     def __call__(self, qk_TNH: torch.Tensor) -> torch.Tensor:
         """Return a new tensor; qk has the query heads, then the key heads, float32."""
-        return functional.rms_norm(qk_TNH, qk_TNH.shape[-1:], None, self._eps).mul_(self._weight_NH)
+        return functional.rms_norm(qk_TNH, qk_TNH.shape[-1:], None, self.eps).mul_(self.weight_NH)
 
     def apart(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, kernels: FusedKernels
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return new tensors for q and k, in their own dtype."""
         return (
-            kernels.norm(q_TNH, self._q_weight_H, self._eps),
-            kernels.norm(k_TKH, self._k_weight_H, self._eps),
+            kernels.norm(q_TNH, self._q_weight_H, self.eps),
+            kernels.norm(k_TKH, self._k_weight_H, self.eps),
         )
 
 
 class Attention:
     """Grouped-query attention with rotary positions (Ainslie et al., arXiv 2305.13245)."""
 
-    def __init__(self, tensors: Tensors, config: ModelConfig) -> None:
+    def __init__(self, tensors: Tensors, config: ModelConfig, operators: Operators) -> None:
         self._heads, self._kv_heads = config.heads, config.kv_heads
         self._head_dim = config.head_dim
-        self._qkv = make_linear(
+        self._qkv = operators.linear(
             _rows(tensors, config, "weight"),
             _rows(tensors, config, "bias") if config.qkv_bias else None,
         )
-        self._output = make_linear(
+        self.output = operators.linear(
             tensors["self_attn.o_proj.weight"], tensors.get("self_attn.o_proj.bias")
         )
         self._norm: HeadNorm | None = None
@@ -119,13 +97,25 @@ class Attention:
     def __call__(
         self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor
     ) -> torch.Tensor:
-        """Write the keys and values of x into the layer's pages and return (T, D)."""
-        qkv = self._qkv(x_TD).view(len(x_TD), -1, self._head_dim)
+        """Write the keys and values of x into the layer's pages; return what `output` takes."""
+        qkv_TW = self._qkv(x_TD)
+        if not isinstance(step.backend, ProjectedAttention):
+            return self._attend(qkv_TW, step, kv_layer)
+        norm = None if self._norm is None else (self._norm.weight_NH, self._norm.eps)
+        scale = self._head_dim**-0.5
+        return step.backend.run_projected(
+            step.plan, qkv_TW, self._heads, norm, step.rotations, kv_layer, scale
+        )
+
+    def _attend(
+        self, qkv_TW: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor
+    ) -> torch.Tensor:
+        qkv = qkv_TW.view(len(qkv_TW), -1, self._head_dim)
         turned = self._heads + self._kv_heads
         qk, v_TKH = qkv[:, :turned], qkv[:, turned:]
         q_TNH, k_TKH = self._turn(qk, step) if step.fused is None else self._fused(qk, step.fused)
         out_TNH = step.backend.run(step.plan, q_TNH, k_TKH, v_TKH, kv_layer, self._head_dim**-0.5)
-        return self._output(out_TNH.reshape(len(x_TD), -1))
+        return out_TNH.reshape(len(qkv), -1)
 
     def _turn(self, qk_TNH: torch.Tensor, step: AttentionStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q and k with norm and rotation, in float32 on the way."""
@@ -148,21 +138,20 @@ class Attention:
 class FeedForward:
     """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, tensors: Tensors, config: ModelConfig) -> None:
+    def __init__(self, tensors: Tensors, config: ModelConfig, operators: Operators) -> None:
         gate_up = [tensors["mlp.gate_proj.weight"], tensors["mlp.up_proj.weight"]]
         bias = None
         if config.mlp_bias:
             bias = torch.cat([tensors["mlp.gate_proj.bias"], tensors["mlp.up_proj.bias"]])
-        self._gate_up: Linear = make_linear(torch.cat(gate_up), bias)
-        self._down = make_linear(tensors["mlp.down_proj.weight"], tensors.get("mlp.down_proj.bias"))
+        self._operators = operators
+        self._gate_up = operators.linear(torch.cat(gate_up), bias)
+        self.down = operators.linear(
+            tensors["mlp.down_proj.weight"], tensors.get("mlp.down_proj.bias")
+        )
 
-    def __call__(self, x_TD: torch.Tensor, fused: Fused | None = None) -> torch.Tensor:
-        """Return (T, D)."""
-        gate_up = self._gate_up(x_TD)
-        if fused is not None:
-            return self._down(fused.kernels.gate(gate_up))
-        gate_TF, up_TF = gate_up.chunk(2, dim=-1)
-        return self._down(functional.silu(gate_TF).mul_(up_TF))
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return what `down` takes, (T, F)."""
+        return self._operators.silu_multiply(self._gate_up(x_TD))
 
 
 class DecoderLayer:
@@ -171,18 +160,28 @@ class DecoderLayer:
     A rank has some of the heads and some of the feed-forward: its outputs are summed over all.
     """
 
-    def __init__(self, tensors: Tensors, config: ModelConfig, ranks: Collective) -> None:
-        self._attention_norm = RmsNorm(tensors["input_layernorm.weight"], config.norm_eps)
-        self._attention = Attention(tensors, config)
-        self._mlp_norm = RmsNorm(tensors["post_attention_layernorm.weight"], config.norm_eps)
-        self._mlp = FeedForward(tensors, config)
-        self._sum = ranks.sum
+    def __init__(
+        self, tensors: Tensors, config: ModelConfig, operators: Operators, ranks: Collective
+    ) -> None:
+        eps = config.norm_eps
+        self._attention_norm = operators.norm(tensors["input_layernorm.weight"], eps)
+        self._attention = Attention(tensors, config, operators)
+        self._mlp_norm = operators.norm(tensors["post_attention_layernorm.weight"], eps)
+        self._mlp = FeedForward(tensors, config, operators)
+        self._ranks = ranks
 
     def __call__(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
         """Add the layer's contribution to x, in place."""
-        fused = step.fused
-        attended = self._sum(self._attention(self._attention_norm(x_TD, fused), step, kv_layer))
-        x_TD += self._sum(self._mlp(self._mlp_norm.of_sum(x_TD, attended, fused), fused))
+        attended = self._attention(self._attention_norm(x_TD), step, kv_layer)
+        self._add(x_TD, self._attention.output, attended)
+        self._add(x_TD, self._mlp.down, self._mlp(self._mlp_norm(x_TD)))
+
+    def _add(self, x_TD: torch.Tensor, output: Linear, inner: torch.Tensor) -> None:
+        """Add the output layer's product, of all ranks, to x."""
+        if self._ranks.size == 1:
+            output.add_to(x_TD, inner)
+        else:
+            x_TD += self._ranks.sum(output(inner))
 
 
 class Embedding:
@@ -216,11 +215,12 @@ class Head:
         norm_D: torch.Tensor,
         weight_VD: torch.Tensor,
         config: ModelConfig,
+        operators: Operators,
         ranks: Collective,
         widths: list[int],
     ) -> None:
-        self._norm = RmsNorm(norm_D, config.norm_eps)
-        self._project = make_linear(weight_VD, None)
+        self._norm = operators.norm(norm_D, config.norm_eps)
+        self._project = operators.linear(weight_VD, None)
         self._ranks = ranks
         self._widths = widths
 

@@ -1,10 +1,10 @@
-"""The one place that multiplies by a weight matrix, and the dtype in which that is done.
+"""Multiplying by a weight matrix with what torch has, and the dtype in which that is done.
 
-On the CPU the weight is brought once into oneDNN's blocked layout: up to twice as fast as a plain
-matrix product for 2 to 32 rows, about equal otherwise (measured with AVX2; with AVX-512 the gain is
-larger). The operators for that are private to torch, so their use is confined to this file, tried
-out once a process on a small matrix, and replaced by `torch.nn.functional.linear` where they are
-missing.
+This is the path without the C++ kernels (see `operators.py`). On the CPU the weight is brought once
+into oneDNN's blocked layout: up to twice as fast as a plain matrix product for 2 to 32 rows, about
+equal otherwise (measured with AVX2; with AVX-512 the gain is larger). The operators for that are
+private to torch, so their use is confined to this file, tried out once a process on a small matrix,
+and replaced by `torch.nn.functional.linear` where they are missing.
 
 Every choice follows from the CPU's flags, the dtype and the build of torch, never from a timing:
 processes on machines of one kind compute alike.
@@ -26,6 +26,9 @@ class Linear(Protocol):
     def __call__(self, x_MK: torch.Tensor) -> torch.Tensor:
         """Return (M, N) for x (M, K)."""
 
+    def add_to(self, y_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
+        """Add the product to y, which is contiguous."""
+
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype in which a model of `dtype` is computed on `device`.
@@ -40,7 +43,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def make_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Linear:
-    """Return the fastest linear layer for a weight on its device and in its dtype."""
+    """Return torch's fastest linear layer for a weight on its device and in its dtype."""
     if weight_NK.device.type == "cpu" and _packing_works(weight_NK.dtype):
         return PackedLinear(weight_NK, bias_N)
     return PlainLinear(weight_NK, bias_N)
@@ -57,6 +60,12 @@ class PlainLinear:
         """Return (M, N) for x (M, K)."""
         return functional.linear(x_MK, self._weight, self._bias)
 
+    def add_to(self, y_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
+        """Add the product to y, in one pass over it."""
+        y_MN.addmm_(x_MK, self._weight.t())
+        if self._bias is not None:
+            y_MN += self._bias
+
 
 class PackedLinear:
     """oneDNN's matrix product over a weight in its own blocked layout. CPU only."""
@@ -70,6 +79,10 @@ class PackedLinear:
         """Return (M, N) for x (M, K)."""
         product: torch.Tensor = self._product(x_MK, self._weight, self._bias, "none", [], "")
         return product
+
+    def add_to(self, y_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
+        """Add the product to y."""
+        y_MN += self(x_MK)
 
 
 @cache

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from penstock_runtime.model.collective import Alone
 from penstock_runtime.model.layers import DecoderLayer, Embedding, Head
-from penstock_runtime.model.linear import compute_dtype
 from penstock_runtime.model.shard import ADDED_ONCE, Shard
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
+    from penstock_runtime.model.operators import Operators
     from penstock_runtime.model.shard import Cut
     from penstock_runtime.model.weights import Checkpoint, Progress
 
@@ -99,6 +99,7 @@ class Loader:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        operators: Operators,
         progress: Progress,
     ) -> None:
         """Raises WeightsError naming the tensors that `checkpoint` lacks.
@@ -112,17 +113,16 @@ class Loader:
         self._shapes = part.shapes()
         self._reader = checkpoint.read(self._shapes, progress)
         self._dtype = dtype
-        self._compute_dtype = compute_dtype(dtype, device)
         self._device = device
+        self._operators = operators
         self._tables: dict[str, torch.Tensor] = {}
 
     def layer(self, index: int) -> DecoderLayer:
         """Return the layer `index` of the model. Raises WeightsError."""
         tensors = {
-            name: self._take(_full(index, name), self._cuts.get(name)).to(self._compute_dtype)
-            for name in self._names
+            name: self._take(_full(index, name), self._cuts.get(name)) for name in self._names
         }
-        return DecoderLayer(tensors, self._config, self._part.collective)
+        return DecoderLayer(tensors, self._config, self._operators, self._part.collective)
 
     def embedding(self) -> Embedding:
         """Return the embedding. Raises WeightsError."""
@@ -135,9 +135,10 @@ class Loader:
         size = self._part.collective.size
         cuts = [Shard(rank, size).vocabulary(self._config) for rank in range(size)]
         return Head(
-            self._take(_FINAL_NORM).to(self._compute_dtype),
-            weight_VD.to(self._compute_dtype),
+            self._take(_FINAL_NORM),
+            weight_VD,
             self._config,
+            self._operators,
             self._part.collective,
             [cut.stop - cut.start for cut in cuts],
         )

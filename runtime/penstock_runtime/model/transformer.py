@@ -11,11 +11,13 @@ import torch
 
 from penstock_runtime.attention.base import AttentionShape
 from penstock_runtime.attention.registry import create_attention
+from penstock_runtime.kernels.selection import select_kernels
 from penstock_runtime.model.collective import Alone
 from penstock_runtime.model.fused import fused_kernels
 from penstock_runtime.model.layers import AttentionStep, Fused
 from penstock_runtime.model.linear import compute_dtype
 from penstock_runtime.model.loader import Loader, Part
+from penstock_runtime.model.operators import create_operators
 from penstock_runtime.model.rope import RopeTable, frequencies, rotations
 from penstock_runtime.model.weights import Checkpoint
 
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from penstock_runtime.attention.base import AttentionBackend
+    from penstock_runtime.kernels.selection import KernelChoice
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
+    from penstock_runtime.model.fused import FusedKernels
     from penstock_runtime.model.layers import DecoderLayer, Embedding, Head
     from penstock_runtime.model.weights import Progress
 
@@ -33,8 +37,9 @@ if TYPE_CHECKING:
 class Transformer:
     """The layers [a, b) of a model on one device.
 
-    Activations that enter and leave have `dtype`; inside, arithmetic is in `compute_dtype`. Call
-    under `torch.inference_mode`, from one thread at a time.
+    Activations that enter and leave a layer have the precision of `dtype`; inside, arithmetic is in
+    `compute_dtype`. So where a model is cut into stages changes no bit of its result. Call under
+    `torch.inference_mode`, from one thread at a time.
     """
 
     def __init__(
@@ -42,22 +47,24 @@ class Transformer:
         config: ModelConfig,
         *,
         dtype: torch.dtype,
+        compute_dtype: torch.dtype,
         device: torch.device,
         attention: AttentionBackend[Any],
         layers: Sequence[DecoderLayer],
         embedding: Embedding | None,
         head: Head | None,
         ranks: Collective,
+        kernels: FusedKernels | None,
     ) -> None:
         self.config = config
         """Of this rank: its heads, its part of the feed-forward."""
         self.ranks = ranks
         self.dtype = dtype
-        self.compute_dtype = compute_dtype(dtype, device)
+        self.compute_dtype = compute_dtype
         self.device = device
         self.attention = attention
         """The backend whose `plan` makes what `forward` takes."""
-        self.kernels = fused_kernels(self.compute_dtype, device)
+        self.kernels = kernels
         """The device's own kernels; None: torch's operations."""
         self._layers = layers
         self._embedding = embedding
@@ -75,6 +82,7 @@ class Transformer:
         head: bool,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: KernelChoice = "auto",
         attention: AttentionBackend[Any] | None = None,
         ranks: Collective | None = None,
         progress: Progress | None = None,
@@ -89,14 +97,15 @@ class Transformer:
             head: a decode worker: `logits` will be called.
             dtype: of KV and of activations between stages; weights are rounded to it.
             device: where to compute.
-            attention: None: the device's own.
+            kernels: whose; see `kernels.selection`.
+            attention: None: the device's and the kernels' own.
             ranks: those that share every layer, this one among them; None: there is one.
             progress: called with (bytes read, bytes in all) after every tensor.
 
         Raises:
             WeightsError: a tensor is missing, has another shape, or cannot be read.
             ModelConfigError: the heads cannot be dealt out to so many ranks.
-            ConfigurationError: the device lacks something, or has no kernel for the model.
+            ConfigurationError: the device or the kernels asked for lack something.
             ValueError: the range of layers is not one of this model's.
         """
         first, last = layers
@@ -105,21 +114,31 @@ class Transformer:
         ranks = ranks or Alone()
         part = Part(config=config, layers=layers, embed=embed, head=head, collective=ranks)
         local = part.shard.local(config)
+        native = select_kernels(kernels, device)
+        fused = fused_kernels(compute_dtype(dtype, device), device)
+        operators = create_operators(native, fused, dtype, device)
         if attention is None:
-            attention = create_attention(device, attention_shape(local, dtype, device))
+            attention = create_attention(device, attention_shape(local, dtype, device), native)
         with torch.inference_mode():
             loader = Loader(
-                Checkpoint(path), part, dtype=dtype, device=device, progress=progress or _silent
+                Checkpoint(path),
+                part,
+                dtype=dtype,
+                device=device,
+                operators=operators,
+                progress=progress or _silent,
             )
             return cls(
                 local,
                 dtype=dtype,
+                compute_dtype=operators.compute_dtype,
                 device=device,
                 attention=attention,
                 layers=[loader.layer(index) for index in range(first, last)],
                 embedding=loader.embedding() if embed else None,
                 head=loader.head() if head else None,
                 ranks=ranks,
+                kernels=fused,
             )
 
     @property
@@ -153,6 +172,8 @@ class Transformer:
         x_TD = hidden_TD.to(self.compute_dtype, copy=True)
         for index, layer in enumerate(self._layers):
             layer(x_TD, step, kv_pool[:, index])
+            if self.dtype != self.compute_dtype:
+                x_TD.copy_(x_TD.to(self.dtype))
         return x_TD.to(self.dtype)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

@@ -186,6 +186,7 @@ class Builder:
                 head=settings.role == "decode",
                 dtype=dtype,
                 device=device,
+                kernels=settings.kernels,
                 ranks=ranks.collective,
                 progress=self._progress("loading weights", 0.5, loaded),
             )

@@ -23,6 +23,7 @@ import torch
 
 from penstock_runtime.engine.rank_step import RankStep
 from penstock_runtime.engine.runner import FollowingRunner
+from penstock_runtime.kernels.selection import KernelChoice
 from penstock_runtime.kvcache.shared_memory import SharedHandle, open_shared
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.collective import Ranks
@@ -56,6 +57,7 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True):
     head: bool
     dtype: str
     device: str
+    kernels: KernelChoice
     page_size: int
 
 
@@ -120,6 +122,7 @@ def _load(setup: RankSetup) -> tuple[Transformer, Ranks]:
         head=setup.head,
         dtype=dtype,
         device=device,
+        kernels=setup.kernels,
         ranks=ranks,
     )
     return model, ranks

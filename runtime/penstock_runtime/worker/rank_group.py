@@ -181,6 +181,7 @@ class RankGroup:
             head=settings.role == "decode",
             dtype=dtype_name(self._dtype),
             device=str(self._device(rank)),
+            kernels=settings.kernels,
             page_size=settings.page_size,
         )
 

@@ -52,6 +52,7 @@ class WorkerSettings:
     revision: str
     device: Literal["cpu", "cuda"]
     dtype: str
+    kernels: Literal["auto", "native", "torch"]
     kv_memory: KvMemory
     page_size: int
     max_model_len: int
@@ -110,6 +111,13 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
         help="of weights, activations and KV; auto: as the checkpoint says (default: auto)",
+    )
+    a(
+        "--kernels",
+        default="auto",
+        choices=["auto", "native", "torch"],
+        help="native: the C++ kernels for the CPU, or refuse to start; torch: without them; auto: "
+        "them if they were built for this processor, else torch, and say so (default: auto)",
     )
     a(
         "--kv-memory",

@@ -262,17 +262,6 @@ def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     return (normal * weight.float()).to(input.dtype)
 
 
-def fused_add_rmsnorm(
-    input: torch.Tensor,  # noqa: A002
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-) -> None:
-    require(input.dim() == residual.dim() == 2, "2 dimensions")
-    residual += input
-    input.copy_(rmsnorm(residual, weight, eps))
-
-
 def silu_and_mul(input: torch.Tensor) -> torch.Tensor:  # noqa: A002
     gate, up = input.float().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(input.dtype)

@@ -20,11 +20,13 @@ from penstock_runtime.attention.paged_cpu import (
     merge,
     padded_pages,
 )
+from penstock_runtime.attention.paged_native import PagedNativeAttention
 from penstock_runtime.attention.reference import ReferenceAttention
 from penstock_runtime.attention.registry import create_attention
 from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.kvcache.base import KVLayout, pages_for
 from penstock_runtime.kvcache.tensors import PoolTensor
+from tests.unit.runtime.kernels.built import built_kernels
 
 CPU = torch.device("cpu")
 LAYERS = 3
@@ -90,9 +92,10 @@ span = st.one_of(
     backend=st.one_of(
         st.just(DenseAttention()),
         st.builds(PagedCpuAttention, st.sampled_from([1, 32, 4096]), st.sampled_from([1, 64])),
+        st.builds(lambda: PagedNativeAttention(built_kernels())),
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=90, deadline=None)
 def test_equals_the_definition(spans, kv_heads, group, head_dim, page_size, layer, backend):
     shape = {
         "heads": kv_heads * group,
@@ -228,3 +231,9 @@ def test_each_device_has_a_backend(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     with pytest.raises(ConfigurationError, match=r"install penstock's `gpu` extra"):
         create_attention(cuda, shape(torch.bfloat16))
+
+
+def test_the_kernels_have_a_backend_of_their_own():
+    assert isinstance(
+        create_attention(CPU, shape(torch.float32), built_kernels()), PagedNativeAttention
+    )

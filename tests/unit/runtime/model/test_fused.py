@@ -11,6 +11,7 @@ import torch
 
 from penstock_runtime.attention.flashinfer import FlashInferAttention
 from penstock_runtime.errors import ConfigurationError
+from penstock_runtime.model import transformer
 from penstock_runtime.model.config import ModelConfig
 from penstock_runtime.model.fused import FlashInferKernels, fused_kernels
 from penstock_runtime.model.rope import RopeTable, rotate_, rotations
@@ -37,10 +38,9 @@ def references(tmp_path_factory: pytest.TempPathFactory):
 def cuda_like(path: Path, cuts: list[int]) -> list[Transformer]:
     """Load a model as it is put together on CUDA, with the stand-in for the kernels."""
     shape = attention_shape(ModelConfig.from_directory(path), torch.float32, CPU)
-    models = stages(path, cuts, attention=FlashInferAttention(fake_flashinfer, shape, CPU))
-    for model in models:
-        model.kernels = FlashInferKernels(fake_flashinfer)
-    return models
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "fused_kernels", lambda *_: FlashInferKernels(fake_flashinfer))
+        return stages(path, cuts, attention=FlashInferAttention(fake_flashinfer, shape, CPU))
 
 
 @pytest.mark.parametrize("name", ["llama-llama3", "llama-biased", "qwen2-yarn", "qwen3"])

@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from penstock_runtime.attention.base import Segment
 from penstock_runtime.attention.dense import DenseAttention
 from penstock_runtime.attention.paged_cpu import PagedCpuAttention
+from penstock_runtime.kernels import selection
+from penstock_runtime.kernels.native import Kernels
 from penstock_runtime.kvcache.base import pages_for
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model import linear
 from penstock_runtime.model.config import ModelConfig
 from penstock_runtime.model.transformer import Transformer
+from tests.unit.runtime.kernels.built import built_kernels
 
 from .checkpoints import CONFIGS, MAX_TOKENS, PROMPTS, Reference, reference, save
 
@@ -28,6 +31,12 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
+KERNELS = ["native", "torch"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_are_built():
+    built_kernels()
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +58,7 @@ def stages(path: Path, cuts: list[int], **options) -> list[Transformer]:
             head=last == config.layers,
             dtype=options.get("dtype", torch.float32),
             device=CPU,
+            kernels=options.get("kernels", "torch"),
             attention=options.get("attention"),
         )
         for first, last in itertools.pairwise(borders)
@@ -113,10 +123,11 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_architecture_equals_transformers(name, references):
+def test_every_architecture_equals_transformers(name, kernels, references):
     known: Reference = references(name)
-    sequences = Sequences(stages(known.path, [2]), page_size=8, count=1)
+    sequences = Sequences(stages(known.path, [2], kernels=kernels), page_size=8, count=1)
     logits = prefill(sequences, known.tokens[0], [19, 1, 1, 24])
     assert_equal(logits, known.logits[0])
     own_rounding = (known.logits - known.exact).abs().max()
@@ -128,14 +139,18 @@ def test_every_architecture_equals_transformers(name, references):
     page_size=st.sampled_from([1, 2, 3, 8, 16, 32, 128]),
     chunks=st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=4),
     cut=st.integers(1, 3),
-    gather_tokens=st.sampled_from([1, 16, 40, 4096]),
+    attention=st.one_of(
+        st.none(), st.builds(PagedCpuAttention, st.sampled_from([1, 16, 40, 4096]))
+    ),
+    kernels=st.sampled_from(KERNELS),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_chunks_pages_and_stages_do_not_matter(
-    references, name, page_size, chunks, cut, gather_tokens
+    references, name, page_size, chunks, cut, attention, kernels
 ):
+    """The kernels' operators and attention backends work with each other's."""
     known: Reference = references(name)
-    models = stages(known.path, [cut], attention=PagedCpuAttention(gather_tokens, gather_tokens))
+    models = stages(known.path, [cut], attention=attention, kernels=kernels)
     sequences = Sequences(models, page_size, count=1)
     tokens, logits = known.tokens[1, :64], known.logits[1, :64]
     assert_equal(prefill(sequences, tokens, chunks), logits)
@@ -157,16 +172,20 @@ batches = st.lists(
     name=st.sampled_from(["llama", "qwen2", "qwen3-yarn"]),
     page_size=st.sampled_from([2, 8, 32]),
     steps=batches,
-    gather_tokens=st.sampled_from([1, 64, 4096]),
-    attention=st.sampled_from([PagedCpuAttention, DenseAttention]),
+    attention=st.one_of(
+        st.none(),
+        st.builds(PagedCpuAttention, st.sampled_from([1, 64, 4096])),
+        st.builds(DenseAttention),
+    ),
+    kernels=st.sampled_from(KERNELS),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_sequences_of_a_batch_do_not_touch_each_other(
-    references, name, page_size, steps, gather_tokens, attention
+    references, name, page_size, steps, attention, kernels
 ):
     known: Reference = references(name)
-    backend = attention(gather_tokens) if attention is PagedCpuAttention else attention()
-    sequences = Sequences(stages(known.path, [], attention=backend), page_size, count=PROMPTS)
+    models = stages(known.path, [], attention=attention, kernels=kernels)
+    sequences = Sequences(models, page_size, count=PROMPTS)
     for step in steps:
         parts, expected = [], []
         for index, length in step.items():
@@ -178,18 +197,30 @@ def test_sequences_of_a_batch_do_not_touch_each_other(
             assert_equal(sequences.step(parts), torch.cat(expected))
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama-llama3", "qwen3"])
-def test_half_precision_stays_close_to_float32(name, dtype, native, references, monkeypatch):
+def test_half_precision_stays_close_to_float32(
+    name, dtype, kernels, narrow, references, monkeypatch
+):
     """Computed in the dtype itself, and widened as on CPUs that lack instructions for it."""
-    monkeypatch.setattr(linear, "_multiplies_natively", lambda _: native)
+    monkeypatch.setattr(linear, "_multiplies_natively", lambda _: narrow)
+    monkeypatch.setattr(selection, "Kernels", lambda: _kernels(narrow))
     known: Reference = references(name)
-    sequences = Sequences(stages(known.path, [2], dtype=dtype), page_size=8, count=1)
+    models = stages(known.path, [2], dtype=dtype, kernels=kernels)
+    sequences = Sequences(models, page_size=8, count=1)
     logits = prefill(sequences, known.tokens[0], [40, 1])
     error = (logits - known.logits[0]).std() / known.logits[0].std()
     assert logits.dtype == torch.float32
     assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+def _kernels(narrow: bool) -> Kernels:
+    """The kernels, as if the processor multiplied pairs of bfloat16 or not: else it is emulated."""
+    kernels = Kernels()
+    kernels.multiplies_bfloat16 = narrow
+    return kernels
 
 
 def test_a_sharded_checkpoint_gives_the_same_logits(references, tmp_path):

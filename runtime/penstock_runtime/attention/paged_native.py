@@ -1,0 +1,102 @@
+"""Attention on the CPU by the C++ kernels: pages are read in place, nothing is gathered.
+
+A row's output has the same bits whatever the batch, the chunks, the pages and the threads, and
+whether it came as part of a chunk or as a decode step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from penstock_runtime.attention.base import ProjectedAttention
+from penstock_runtime.attention.slots import Slots
+from penstock_runtime.kernels.native import KvPages, Segments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from penstock_runtime.attention.base import Segment
+    from penstock_runtime.kernels.native import Kernels
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """A batch as the kernels take it."""
+
+    slots: Slots
+    segments: Segments
+
+
+class PagedNativeAttention(ProjectedAttention[NativePlan]):
+    """Attention over pages by the kernels. Arithmetic is float32."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def plan(self, segments: Sequence[Segment], page_size: int, device: torch.device) -> NativePlan:
+        """List the segments' rows and pages."""
+        rows: list[int] = []
+        pages: list[int] = []
+        first_page: list[int] = []
+        first_row = 0
+        for segment in segments:
+            rows.append(first_row)
+            first_row += segment.length
+            first_page.append(len(pages))
+            pages += list(segment.pages)[: -(-(segment.start + segment.length) // page_size)]
+        table = Segments(
+            starts=torch.tensor([segment.start for segment in segments]),
+            lengths=torch.tensor([segment.length for segment in segments]),
+            first_rows=torch.tensor(rows),
+            first_pages=torch.tensor(first_page),
+            pages=torch.tensor(pages),
+        )
+        return NativePlan(Slots.of(segments, page_size, device), table)
+
+    def run(
+        self,
+        plan: NativePlan,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        kv_layer: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Write, then attend."""
+        plan.slots.write(kv_layer, k_TKH, v_TKH)
+        tokens, heads, _ = q_TNH.shape
+        q_TW = q_TNH.float().reshape(tokens, -1)
+        out_TW = self._kernels.attention(
+            q_TW, plan.segments, _pages(kv_layer), heads=heads, scale=scale
+        )
+        return out_TW.view(tokens, heads, -1).to(q_TNH.dtype)
+
+    def run_projected(
+        self,
+        plan: NativePlan,
+        qkv_TW: torch.Tensor,
+        heads: int,
+        norm: tuple[torch.Tensor, float] | None,
+        rotations: torch.Tensor,
+        kv_layer: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Norm, rotate and write in one pass, then attend."""
+        qkv_TW, kv, slots = qkv_TW.float(), _pages(kv_layer), plan.slots
+        self._kernels.attention_inputs(
+            qkv_TW,
+            heads=heads,
+            norm=norm,
+            rotations=rotations,
+            slots=(slots.pages, slots.offsets),
+            kv=kv,
+        )
+        return self._kernels.attention(qkv_TW, plan.segments, kv, heads=heads, scale=scale)
+
+
+def _pages(kv_layer: torch.Tensor) -> KvPages:
+    keys, values = kv_layer.unbind(1)
+    return KvPages(keys, values)

@@ -1,0 +1,371 @@
+"""The kernels as typed functions over torch tensors.
+
+Shape letters: M rows, K inputs, N outputs or query heads, T tokens, H head dim, P pages.
+
+Activations are float32 throughout, one row after the other. Weights are packed once (`Weight`):
+those of bfloat16 stay so in memory, half of float32, and are widened in registers. Sums are
+float32.
+
+Call from any thread, but from one at a time: the threads of a call are torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from penstock_runtime.kernels.library import load
+from penstock_runtime.memory import large_empty
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_FLOAT32, _BFLOAT16, _BFLOAT16_PAIRS = 0, 1, 2
+"""`WeightKind` in kernels.h."""
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""`KvLayer.element` in kernels.h."""
+_LOW_HALF = 0xFFFF
+
+
+class _Linear(ctypes.Structure):
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("weight", c_void_p),
+        ("kind", c_int64),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int64),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("accumulate", c_int64),
+    ]
+
+
+class _KvLayer(ctypes.Structure):
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("element", c_int64),
+        ("page_size", c_int64),
+        ("kv_heads", c_int64),
+        ("key_dim", c_int64),
+        ("value_dim", c_int64),
+        ("key_page_stride", c_int64),
+        ("key_stride", c_int64),
+        ("value_page_stride", c_int64),
+        ("value_stride", c_int64),
+    ]
+
+
+class _AttentionInputs(ctypes.Structure):
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
+        ("qkv", c_void_p),
+        ("rows", c_int64),
+        ("heads", c_int64),
+        ("norm", c_void_p),
+        ("rotations", c_void_p),
+        ("pages", c_void_p),
+        ("offsets", c_void_p),
+        ("epsilon", c_float),
+        ("kv", _KvLayer),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
+        ("q", c_void_p),
+        ("q_stride", c_int64),
+        ("out", c_void_p),
+        ("heads", c_int64),
+        ("segments", c_int64),
+        ("starts", c_void_p),
+        ("lengths", c_void_p),
+        ("first_rows", c_void_p),
+        ("first_pages", c_void_p),
+        ("pages", c_void_p),
+        ("scale", c_float),
+        ("kv", _KvLayer),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight matrix in the kernels' own layout, see tile.h."""
+
+    packed: torch.Tensor
+    kind: int
+    outputs: int
+    inputs: int
+
+
+class KvPages:
+    """Where one layer of a pool lies: keys (P, K, S, key dim) and values (P, K, S, value dim).
+
+    Pages may lie apart; inside one, tokens follow each other, a head after the other. Values may be
+    of another head dim than keys, and a part of them. The tensors are not kept.
+    """
+
+    __slots__ = ("key_dim", "kv_heads", "layer", "value_dim")
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raises ValueError if they do not lie in memory as described."""
+        if keys.dtype not in _ELEMENTS or values.dtype != keys.dtype or keys.device.type != "cpu":
+            raise ValueError(f"pages are {keys.dtype} and {values.dtype} on {keys.device}")
+        _, self.kv_heads, page_size, self.key_dim = keys.shape
+        self.value_dim = values.shape[3]
+        for name, x in (("keys", keys), ("values", values)):
+            row = x.stride(2)
+            if x.stride()[1:] != (page_size * row, row, 1):
+                raise ValueError(f"{name} of shape {tuple(x.shape)} have strides {x.stride()}")
+        self.layer = _KvLayer(
+            keys.data_ptr(),
+            values.data_ptr(),
+            _ELEMENTS[keys.dtype],
+            page_size,
+            self.kv_heads,
+            self.key_dim,
+            self.value_dim,
+            keys.stride(0),
+            keys.stride(2),
+            values.stride(0),
+            values.stride(2),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A batch for `Kernels.attention`, all int64, one element a segment."""
+
+    starts: torch.Tensor
+    """Position of its first query."""
+    lengths: torch.Tensor
+    """Its queries."""
+    first_rows: torch.Tensor
+    """Its first row in the batch."""
+    first_pages: torch.Tensor
+    """Where its pages begin in `pages`."""
+    pages: torch.Tensor
+    """Those of all segments, one after the other."""
+
+
+class Kernels:
+    """The library of this process."""
+
+    def __init__(self) -> None:
+        """Raises KernelsUnavailable."""
+        level, self._library = load()
+        self.level = level.name
+        self.multiplies_bfloat16 = bool(self._library.penstock_has_bf16_products())
+        """Whether the processor has instructions for products of bfloat16."""
+        self._linear = self._library.penstock_linear
+        self._linear.argtypes = [ctypes.POINTER(_Linear)]
+        self._attention = self._library.penstock_attention
+        self._attention.argtypes = [ctypes.POINTER(_Attention)]
+        self._attention_inputs = self._library.penstock_attention_inputs
+        self._attention_inputs.argtypes = [ctypes.POINTER(_AttentionInputs)]
+        self._attention_inputs.restype = None
+        self._rms_norm = self._library.penstock_rms_norm
+        self._rms_norm.argtypes = [
+            *(c_void_p, c_void_p, c_void_p),
+            *(c_int64, c_int64, c_int64, c_float),
+        ]
+        self._rms_norm.restype = None
+        self._silu_multiply = self._library.penstock_silu_multiply
+        self._silu_multiply.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+        self._silu_multiply.restype = None
+        self._packed_elements = self._library.penstock_packed_elements
+        self._packed_elements.argtypes = [c_int64, c_int64]
+        self._packed_elements.restype = c_int64
+
+    def structure_sizes(self) -> dict[type[ctypes.Structure], int]:
+        """Return the bytes that the library takes each structure to have."""
+        size_of = self._library.penstock_structure_bytes
+        size_of.argtypes, size_of.restype = [c_int64], c_int64
+        structures = (_Linear, _KvLayer, _AttentionInputs, _Attention)
+        return {structure: size_of(index) for index, structure in enumerate(structures)}
+
+    def pack(self, weight_NK: torch.Tensor, *, round_inputs: bool = False) -> Weight:
+        """Return a weight in the layout that `linear` takes.
+
+        bfloat16 stays as it is, and so does a float32 or float16 weight whose every element is a
+        bfloat16 (a checkpoint of bfloat16 loaded as float32): the products are the same.
+
+        Args:
+            weight_NK: on the CPU, of a floating dtype.
+            round_inputs: round x to bfloat16 too and multiply pairs, which some processors have
+                instructions for. Only for a weight that is kept in bfloat16.
+        """
+        outputs, inputs = weight_NK.shape
+        narrow = inputs % 2 == 0 and _is_bfloat16(weight_NK)
+        dtype = torch.bfloat16 if narrow else torch.float32
+        plain = weight_NK.to(dtype).contiguous()
+        packed = large_empty(self._packed_elements(outputs, inputs), dtype)
+        pack = self._library.penstock_pack_bf16 if narrow else self._library.penstock_pack_f32
+        pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
+        pack(plain.data_ptr(), outputs, inputs, packed.data_ptr())
+        kind = _FLOAT32 if not narrow else _BFLOAT16_PAIRS if round_inputs else _BFLOAT16
+        return Weight(packed, kind, outputs, inputs)
+
+    def linear(
+        self,
+        x_MK: torch.Tensor,
+        weight: Weight,
+        bias_N: torch.Tensor | None = None,
+        add_to: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return x · Wᵀ + bias, float32 (M, N); or add it to `add_to` and return that."""
+        _check(x_MK, "x", (len(x_MK), weight.inputs))
+        if add_to is None:
+            y_MN = torch.empty(len(x_MK), weight.outputs)
+        else:
+            y_MN = add_to
+            _check(y_MN, "add_to", (len(x_MK), weight.outputs), contiguous=True)
+        if bias_N is not None:
+            _check(bias_N, "bias", (weight.outputs,))
+        call = _Linear(
+            x_MK.data_ptr(),
+            x_MK.stride(0),
+            weight.packed.data_ptr(),
+            weight.kind,
+            None if bias_N is None else bias_N.data_ptr(),
+            y_MN.data_ptr(),
+            len(x_MK),
+            weight.outputs,
+            weight.inputs,
+            add_to is not None,
+        )
+        _require_memory(self._linear(call))
+        return y_MN
+
+    def rms_norm(self, x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return x / sqrt(mean(x²) + eps) · weight, float32 (M, D)."""
+        rows, columns = x_MD.shape
+        _check(x_MD, "x", (rows, columns))
+        _check(weight_D, "weight", (columns,))
+        y_MD = torch.empty(rows, columns)
+        self._rms_norm(
+            *(x_MD.data_ptr(), weight_D.data_ptr(), y_MD.data_ptr()),
+            *(rows, columns, x_MD.stride(0), eps),
+        )
+        return y_MD
+
+    def silu_multiply(self, gate_up_MF: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) · up, float32 (M, F), of (M, 2·F): the gate, then what it gates."""
+        rows, columns = len(gate_up_MF), gate_up_MF.shape[1] // 2
+        _check(gate_up_MF, "gate_up", (rows, 2 * columns), contiguous=True)
+        y_MF = torch.empty(rows, columns)
+        self._silu_multiply(gate_up_MF.data_ptr(), y_MF.data_ptr(), rows, columns)
+        return y_MF
+
+    def attention_inputs(
+        self,
+        qkv_TW: torch.Tensor,
+        *,
+        heads: int,
+        norm: tuple[torch.Tensor, float] | None,
+        rotations: torch.Tensor,
+        slots: tuple[torch.Tensor, torch.Tensor],
+        kv: KvPages,
+    ) -> None:
+        """Turn what was projected into q, and into keys and values in their pages.
+
+        Args:
+            qkv_TW: the heads of q, k and v side by side. q's are replaced; k's and v's are then
+                undefined.
+            heads: query heads.
+            norm: weights (query and KV heads, H) and epsilon of an RMS norm over each head.
+            rotations: complex64, H / 2 a token: what pairs of neighbours are multiplied by.
+            slots: page of each token, and its place in the page, int64 (T,).
+            kv: where keys and values go.
+        """
+        tokens, kv_heads, key_dim = len(qkv_TW), kv.kv_heads, kv.key_dim
+        width = heads * key_dim + kv_heads * (key_dim + kv.value_dim)
+        _check(qkv_TW, "qkv", (tokens, width), contiguous=True)
+        if norm is not None:
+            _check(norm[0], "norm", (heads + kv_heads, key_dim), contiguous=True)
+        if rotations.dtype != torch.complex64 or rotations.numel() != tokens * (key_dim // 2):
+            raise ValueError(f"rotations are {rotations.dtype} {tuple(rotations.shape)}")
+        for slot in slots:
+            _check(slot, "slots", (tokens,), dtype=torch.int64)
+        self._attention_inputs(
+            _AttentionInputs(
+                qkv_TW.data_ptr(),
+                tokens,
+                heads,
+                None if norm is None else norm[0].data_ptr(),
+                rotations.data_ptr(),
+                slots[0].data_ptr(),
+                slots[1].data_ptr(),
+                0.0 if norm is None else norm[1],
+                kv.layer,
+            )
+        )
+
+    def attention(
+        self, q_TW: torch.Tensor, segments: Segments, kv: KvPages, *, heads: int, scale: float
+    ) -> torch.Tensor:
+        """Return causal attention over pages, float32 (T, heads · value dim).
+
+        Args:
+            q_TW: rows that begin with the query heads side by side.
+            segments: the batch; its keys and values are in their pages already.
+            kv: one layer's pages.
+            heads: query heads, a multiple of the KV heads.
+            scale: of the scores.
+        """
+        _check(q_TW, "q", (len(q_TW), q_TW.shape[1]))
+        if q_TW.shape[1] < heads * kv.key_dim or heads % kv.kv_heads:
+            raise ValueError(f"{heads} heads of {kv.key_dim} in rows of {q_TW.shape[1]}")
+        out = torch.empty(len(q_TW), heads * kv.value_dim)
+        call = _Attention(
+            q_TW.data_ptr(),
+            q_TW.stride(0),
+            out.data_ptr(),
+            heads,
+            len(segments.starts),
+            segments.starts.data_ptr(),
+            segments.lengths.data_ptr(),
+            segments.first_rows.data_ptr(),
+            segments.first_pages.data_ptr(),
+            segments.pages.data_ptr(),
+            scale,
+            kv.layer,
+        )
+        _require_memory(self._attention(call))
+        return out
+
+
+def _is_bfloat16(weight: torch.Tensor) -> bool:
+    """Tell whether every element is one: the lower half of its float32 is zero."""
+    if weight.dtype == torch.bfloat16:
+        return True
+    words = weight.float().contiguous().view(torch.int32)
+    return not bool((words & _LOW_HALF).any())
+
+
+def _check(
+    x: torch.Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    contiguous: bool = False,
+) -> None:
+    """Raise ValueError unless x is what a kernel will take its memory for."""
+    if x.dtype != dtype or x.device.type != "cpu" or x.shape != shape:
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected {dtype} {shape} "
+            "on the CPU"
+        )
+    if (x.numel() and x.stride(-1) != 1) or (contiguous and not x.is_contiguous()):
+        raise ValueError(f"{name} of shape {shape} has strides {x.stride()}")
+
+
+def _require_memory(status: int) -> None:
+    if status:
+        raise MemoryError("the kernels got no memory to work in")

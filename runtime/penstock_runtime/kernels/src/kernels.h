@@ -1,0 +1,110 @@
+// The interface of the library: plain C, called by ctypes from native.py, which mirrors the
+// structures. All sizes and strides are in elements; strides lead from one row to the next.
+#pragma once
+
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// What the library was compiled from: library.py compares it with the sources beside it.
+const char* penstock_source_digest();
+
+// Bytes of the structures Linear, KvLayer, AttentionInputs and Attention, in this order: a test holds
+// them against the mirrors in Python.
+int64_t penstock_structure_bytes(int64_t index);
+
+// 1 if the processor's own instruction multiplies pairs of bfloat16, 0 if it is emulated.
+int penstock_has_bf16_products();
+
+// --- linear.cpp: y = x · Wᵀ (+ bias) (+ y) ------------------------------------------------------
+
+// Elements of a packed weight. bf16 wants an even number of inputs.
+int64_t penstock_packed_elements(int64_t outputs, int64_t inputs);
+void penstock_pack_f32(const float* weight, int64_t outputs, int64_t inputs, float* packed);
+void penstock_pack_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs, uint16_t* packed);
+
+enum WeightKind : int64_t {
+  kFloat32 = 0,
+  kBfloat16 = 1,       // widened to float32, products and sums in float32
+  kBfloat16Pairs = 2,  // x rounded to bfloat16, products of pairs, sums in float32
+};
+
+struct Linear {
+  const float* x;  // (rows, inputs)
+  int64_t x_stride;
+  const void* weight;  // packed
+  int64_t kind;        // WeightKind
+  const float* bias;   // (outputs,) or null
+  float* y;            // (rows, outputs), contiguous
+  int64_t rows, outputs, inputs;
+  int64_t accumulate;  // 1: add to y
+};
+
+// Returns 0, or 1 if there was no memory to work in.
+int penstock_linear(const Linear* call);
+
+// --- rows.cpp: what is done with each row by itself -------------------------------------------
+
+void penstock_rms_norm(const float* x, const float* weight, float* y, int64_t rows,
+                       int64_t columns, int64_t x_stride, float epsilon);
+
+// y = silu(x[:, :columns]) · x[:, columns:]; x is (rows, 2 · columns), contiguous.
+void penstock_silu_multiply(const float* x, float* y, int64_t rows, int64_t columns);
+
+// How one layer's keys and values lie in the pool. Element (page, head, token, i) of a plane is at
+// page · page_stride + (head · page_size + token) · stride + i, with the strides of that plane. Values
+// may be a part of the keys, as with a latent.
+struct KvLayer {
+  void* keys;
+  void* values;
+  int64_t element;  // 0 float32, 1 bfloat16, 2 float16
+  int64_t page_size, kv_heads, key_dim, value_dim;
+  int64_t key_page_stride, key_stride, value_page_stride, value_stride;
+};
+
+// Norms and rotates q and k, q in place, and writes k and v into the pages.
+struct AttentionInputs {
+  float* qkv;  // (rows, heads · key_dim + kv_heads · (key_dim + value_dim)), contiguous
+  int64_t rows, heads;
+  const float* norm;       // (heads + kv_heads, key_dim), or null: no norm
+  const float* rotations;  // (rows, key_dim / 2, 2): cosine and sine; pairs lie side by side
+  const int64_t* pages;    // (rows,)
+  const int64_t* offsets;  // (rows,): the token in its page
+  float epsilon;
+  KvLayer kv;
+};
+
+void penstock_attention_inputs(const AttentionInputs* call);
+
+// --- attention.cpp ----------------------------------------------------------------------------
+
+struct Attention {
+  const float* q;  // (rows, heads, key_dim), heads contiguous
+  int64_t q_stride;
+  float* out;  // (rows, heads, value_dim), contiguous
+  int64_t heads, segments;
+  const int64_t* starts;         // (segments,): position of the segment's first query
+  const int64_t* lengths;        // (segments,): its queries
+  const int64_t* first_rows;     // (segments,): its first row
+  const int64_t* first_pages;    // (segments,): where its pages begin in `pages`
+  const int64_t* pages;          // all segments' pages
+  float scale;
+  KvLayer kv;
+};
+
+// Returns 0, or 1 if there was no memory to work in.
+int penstock_attention(const Attention* call);
+
+// --- limits.cpp: what the machine can do ------------------------------------------------------
+
+// Float32 multiply-adds on registers, by all threads, so many times 16 · 16 of them a thread.
+// Returns the operations done, two a multiply-add; `sink` takes what the compiler must not drop.
+double penstock_spin_products(int64_t repeats, float* sink);
+// The same with products of bfloat16 pairs.
+double penstock_spin_pairs(int64_t repeats, float* sink);
+// Reads `bytes` (a multiple of 256) by all threads.
+uint64_t penstock_read(const void* memory, int64_t bytes);
+
+}  // extern "C"
+#pragma GCC visibility pop

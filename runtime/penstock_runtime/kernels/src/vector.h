@@ -1,0 +1,311 @@
+// Vectors: the only file that names a processor's instructions.
+//
+// `Native` is what one register holds: 16, 8 or 4 float32, by the instruction set that the compiler
+// was told to use. `Vec` is 16 lanes on every processor, made of one, two or four of them. Sums that
+// end in one number are formed over the 16 lanes of a Vec in one fixed order, so that float32
+// results do not depend on the width of the registers.
+//
+// The compiler may not contract a * b + c by itself (-ffp-contract=off): `fma` says where it is
+// wanted, so that every copy of a formula rounds alike.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define PENSTOCK_INLINE inline __attribute__((always_inline))
+
+namespace penstock {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+constexpr int kLanes = 16;
+constexpr int kParts = kLanes / kWidth;
+
+typedef float Native __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
+typedef int32_t Mask __attribute__((vector_size(kWidth * 4)));
+
+typedef uint16_t bf16;
+struct f16 {
+  uint16_t bits;
+};
+
+// --- one register -----------------------------------------------------------------------------
+
+PENSTOCK_INLINE Native load(const float* p) {
+  Native v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+PENSTOCK_INLINE Bits load_bits(const void* p) {
+  Bits v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+PENSTOCK_INLINE void store(float* p, Native v) { std::memcpy(p, &v, sizeof v); }
+
+PENSTOCK_INLINE Native splat(float x) {
+#if defined(__AVX512F__)
+  return (Native)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (Native)_mm256_set1_ps(x);
+#else
+  Native v;
+  for (int i = 0; i < kWidth; i++) v[i] = x;
+  return v;
+#endif
+}
+
+PENSTOCK_INLINE Bits splat_bits(uint32_t word) { return word - Bits{}; }
+
+// a · b + c with one rounding.
+PENSTOCK_INLINE Native fma(Native a, Native b, Native c) {
+#if defined(__AVX512F__)
+  return (Native)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Native)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Native)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  Native r;
+  for (int i = 0; i < kWidth; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+#endif
+}
+
+PENSTOCK_INLINE Native max(Native a, Native b) { return a > b ? a : b; }
+
+// Two bfloat16 lie in each word: the one at the lower address in the lower half.
+PENSTOCK_INLINE Native low_half(Bits words) { return (Native)(words << 16); }
+PENSTOCK_INLINE Native high_half(Bits words) { return (Native)(words & 0xffff0000u); }
+
+// acc + a.low · b.low + a.high · b.high, on pairs of bfloat16. As the instruction does it: first the
+// high halves, then the low ones, each with one rounding.
+PENSTOCK_INLINE Native dot_pairs(Native acc, Bits a, Bits b) {
+#if defined(__AVX512BF16__)
+  return (Native)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  return fma(low_half(a), low_half(b), fma(high_half(a), high_half(b), acc));
+#endif
+}
+
+// --- sixteen lanes ----------------------------------------------------------------------------
+
+struct Vec {
+  Native part[kParts];
+};
+
+#define PENSTOCK_EACH(i) _Pragma("GCC unroll 4") for (int i = 0; i < kParts; i++)
+
+PENSTOCK_INLINE Vec load16(const float* p) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = load(p + i * kWidth);
+  return v;
+}
+
+PENSTOCK_INLINE void store16(float* p, const Vec& v) {
+  PENSTOCK_EACH(i) store(p + i * kWidth, v.part[i]);
+}
+
+PENSTOCK_INLINE Vec splat16(float x) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = splat(x);
+  return v;
+}
+
+PENSTOCK_INLINE Vec operator+(const Vec& a, const Vec& b) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = a.part[i] + b.part[i];
+  return v;
+}
+
+PENSTOCK_INLINE Vec operator-(const Vec& a, const Vec& b) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = a.part[i] - b.part[i];
+  return v;
+}
+
+PENSTOCK_INLINE Vec operator*(const Vec& a, const Vec& b) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = a.part[i] * b.part[i];
+  return v;
+}
+
+PENSTOCK_INLINE Vec operator/(const Vec& a, const Vec& b) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = a.part[i] / b.part[i];
+  return v;
+}
+
+PENSTOCK_INLINE Vec fma(const Vec& a, const Vec& b, const Vec& c) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = fma(a.part[i], b.part[i], c.part[i]);
+  return v;
+}
+
+PENSTOCK_INLINE Vec max(const Vec& a, const Vec& b) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = max(a.part[i], b.part[i]);
+  return v;
+}
+
+// `yes` where a < b, else `no`.
+PENSTOCK_INLINE Vec where_less(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = a.part[i] < b.part[i] ? yes.part[i] : no.part[i];
+  return v;
+}
+
+// The sum of the lanes: halves are added until one is left.
+PENSTOCK_INLINE float sum_lanes(const Vec& v) {
+  float lane[kLanes];
+  store16(lane, v);
+  _Pragma("GCC unroll 4") for (int half = kLanes / 2; half; half /= 2)
+      _Pragma("GCC unroll 8") for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+PENSTOCK_INLINE float max_lanes(const Vec& v) {
+  Native m = v.part[0];
+  for (int i = 1; i < kParts; i++) m = max(m, v.part[i]);
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)m);
+#elif defined(__AVX2__)
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128((__m256)m), _mm256_extractf128_ps((__m256)m, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+#else
+  float r = m[0];
+  for (int i = 1; i < kWidth; i++) r = m[i] > r ? m[i] : r;
+  return r;
+#endif
+}
+
+// Up to 16 floats; missing lanes are 0.
+PENSTOCK_INLINE Vec load_some(const float* p, long count) {
+  if (count >= kLanes) return load16(p);
+  float lane[kLanes] = {};
+  std::memcpy(lane, p, static_cast<size_t>(count) * sizeof(float));
+  return load16(lane);
+}
+
+PENSTOCK_INLINE void store_some(float* p, const Vec& v, long count) {
+  if (count >= kLanes) return store16(p, v);
+  float lane[kLanes];
+  store16(lane, v);
+  std::memcpy(p, lane, static_cast<size_t>(count) * sizeof(float));
+}
+
+// --- narrow element types ---------------------------------------------------------------------
+
+PENSTOCK_INLINE float widen(float x) { return x; }
+
+PENSTOCK_INLINE float widen(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float r;
+  std::memcpy(&r, &bits, sizeof r);
+  return r;
+}
+
+PENSTOCK_INLINE float widen(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  _Float16 h;
+  std::memcpy(&h, &x.bits, sizeof h);
+  return static_cast<float>(h);
+#endif
+}
+
+// To the nearest, ties to even; a NaN stays one.
+PENSTOCK_INLINE void narrow(float x, float* to) { *to = x; }
+
+PENSTOCK_INLINE void narrow(float x, bf16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  *to = static_cast<bf16>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+PENSTOCK_INLINE void narrow(float x, f16* to) {
+#if defined(__F16C__)
+  to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const _Float16 h = static_cast<_Float16>(x);
+  std::memcpy(&to->bits, &h, sizeof h);
+#endif
+}
+
+PENSTOCK_INLINE Vec widen16(const float* p) { return load16(p); }
+
+PENSTOCK_INLINE Vec widen16(const bf16* p) {
+  Vec v;
+#if defined(__AVX512F__)
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  v.part[0] = (Native)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+#elif defined(__AVX2__)
+  PENSTOCK_EACH(i) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * kWidth));
+    v.part[i] = (Native)_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16);
+  }
+#else
+  PENSTOCK_EACH(i) for (int j = 0; j < kWidth; j++) v.part[i][j] = widen(p[i * kWidth + j]);
+#endif
+  return v;
+}
+
+PENSTOCK_INLINE Vec widen16(const f16* p) {
+  Vec v;
+#if defined(__AVX512F__)
+  v.part[0] = (Native)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  PENSTOCK_EACH(i) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * kWidth));
+    v.part[i] = (Native)_mm256_cvtph_ps(words);
+  }
+#else
+  PENSTOCK_EACH(i) for (int j = 0; j < kWidth; j++) v.part[i][j] = widen(p[i * kWidth + j]);
+#endif
+  return v;
+}
+
+// --- the exponential --------------------------------------------------------------------------
+
+// 2^x for x <= 0, relative error below 2e-7; exactly 1 at 0, and 0 below -126 and at -infinity.
+// x = n + f with n whole and |f| <= 1/2: 2^f by a polynomial fitted for the least relative error
+// with 1 as its constant, 2^n by adding n to the exponent's bits.
+PENSTOCK_INLINE Native exp2_nonpositive(Native x) {
+  const Native shifter = splat(12582912.0f);  // 1.5 · 2^23: adding it leaves a whole number
+  const Native shifted = x + shifter;
+  const Native f = x - (shifted - shifter);
+  Native p = splat(0x1.5bba14p-10f);
+  p = fma(p, f, splat(0x1.3cea88p-7f));
+  p = fma(p, f, splat(0x1.c6b752p-5f));
+  p = fma(p, f, splat(0x1.ebf9bcp-3f));
+  p = fma(p, f, splat(0x1.62e42ap-1f));
+  p = fma(p, f, splat(1.0f));
+  const Bits scaled = (Bits)p + ((Bits)shifted << 23);
+  return (Native)(scaled & (Bits)(x >= splat(-126.0f)));
+}
+
+PENSTOCK_INLINE Vec exp2_nonpositive(const Vec& x) {
+  Vec v;
+  PENSTOCK_EACH(i) v.part[i] = exp2_nonpositive(x.part[i]);
+  return v;
+}
+
+}  // namespace penstock

@@ -1,0 +1,44 @@
+"""Memory for weights and KV: aligned, whole, and in large pages where the machine gives them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock_runtime.memory import large_empty
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [0, 1, 1000, 3 * MIB, 9 * MIB + 5])
+def test_as_much_as_was_asked_for_and_aligned(dtype, elements):
+    memory = large_empty(elements, dtype, 4096)
+    assert memory.shape == (elements,)
+    assert memory.dtype == dtype
+    assert memory.is_contiguous()
+    assert memory.data_ptr() % 4096 == 0
+    memory.fill_(1)
+
+
+def test_large_pages_are_asked_for():
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not allowed.exists():
+        pytest.skip("this kernel has no large pages")
+    memory = large_empty(16 * MIB, torch.float32)
+    assert "hg" in flags_of_mapping(memory.data_ptr())
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """Return the flags of the mapping that holds an address; hg: large pages are wanted."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            low, high = (int(border, 16) for border in header.groups())
+            inside = low <= address < high
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"{address:x} is not mapped")

@@ -1,0 +1,93 @@
+"""A token's logits have the same bits however it is computed: alone or beside others, in one chunk
+or in many, by one worker or several stages, on any pages, with any number of threads, as part of a
+prompt or as a decode step."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock_runtime.kernels import selection
+from penstock_runtime.kernels.native import Kernels
+from tests.unit.runtime.kernels.built import built_kernels
+
+from .checkpoints import CONFIGS, PROMPTS, reference
+from .test_parity import Sequences, stages
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory):
+    built_kernels()
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda name: reference(CONFIGS[name], root / name))
+
+
+@pytest.fixture(scope="module")
+def whole(references):
+    """Logits of every prompt of a model, each computed alone and in one chunk."""
+
+    @cache
+    def whole(name, dtype, pairs):
+        known = references(name)
+        models = load(known.path, [], dtype, pairs)
+        logits = []
+        for tokens in known.tokens:
+            sequences = Sequences(models, page_size=32, count=1)
+            logits.append(sequences.step([(0, tokens)]))
+        return torch.stack(logits)
+
+    return whole
+
+
+def load(path, cuts, dtype, pairs):
+    """Load the stages, with products of bfloat16 pairs (emulated here) or without."""
+    kernels = Kernels()
+    kernels.multiplies_bfloat16 = pairs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "Kernels", lambda: kernels)
+        return stages(path, cuts, dtype=dtype, kernels="native")
+
+
+steps = st.lists(
+    st.dictionaries(
+        st.integers(0, PROMPTS - 1),
+        st.one_of(st.just(1), st.integers(1, 60)),
+        min_size=1,
+        max_size=PROMPTS,
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(
+    name=st.sampled_from(["llama", "llama-biased", "mistral", "qwen3"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    pairs=st.booleans(),
+    cuts=st.sampled_from([[], [1], [2, 3]]),
+    page_size=st.sampled_from([1, 2, 8, 32, 128]),
+    threads=st.integers(1, 3),
+    steps=steps,
+)
+@settings(max_examples=40, deadline=None)
+def test_bits_of_logits(references, whole, name, dtype, pairs, cuts, page_size, threads, steps):
+    expected = whole(name, dtype, pairs)
+    known = references(name)
+    sequences = Sequences(load(known.path, cuts, dtype, pairs), page_size, count=PROMPTS)
+    torch.set_num_threads(threads)
+    try:
+        for step in steps:
+            parts, rows = [], []
+            for index, length in step.items():
+                window = slice(sequences.done[index], sequences.done[index] + length)
+                if len(known.tokens[index, window]):
+                    parts.append((index, known.tokens[index, window]))
+                    rows.append(expected[index, window])
+            if parts:
+                assert torch.equal(sequences.step(parts), torch.cat(rows))
+    finally:
+        torch.set_num_threads(1)
