@@ -23,7 +23,7 @@ import torch
 
 from penstock_runtime.engine.rank_step import RankStep
 from penstock_runtime.engine.runner import FollowingRunner
-from penstock_runtime.kernels.selection import KernelChoice
+from penstock_runtime.kernels.selection import KernelChoice  # noqa: TC001 - msgspec reads it
 from penstock_runtime.kvcache.shared_memory import SharedHandle, open_shared
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.collective import Ranks
