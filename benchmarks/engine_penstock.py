@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +22,11 @@ from penstock_runtime.engine.cuda_graphs import cuda_capture
 from penstock_runtime.engine.decode import DecodeEngine
 from penstock_runtime.engine.runner import DecodeRunner
 from penstock_runtime.engine.streams import streams_of
+from penstock_runtime.kernels.limits import measure_limits
+from penstock_runtime.kernels.native import Kernels
 from penstock_runtime.kvcache.pool import PagePool
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.config import DTYPES, ModelConfig
-from penstock_runtime.model.linear import compute_dtype
 from penstock_runtime.model.transformer import Transformer
 from penstock_runtime.scheduler.decode import DecodeScheduler, DecodeSettings
 from penstock_runtime.transfer.ownership import GrantLedger
@@ -41,10 +43,6 @@ if TYPE_CHECKING:
 
 PAGE_SIZE = 32
 """The default of the workers."""
-READ_BYTES = 512 * 2**20
-MATRIX = 2048
-LIMIT_SECONDS = 1.0
-"""For one limit: where a dtype is emulated, one product can take longer than all others."""
 
 
 class Engine:
@@ -120,7 +118,7 @@ class Engine:
         return parts
 
     def limits(self) -> dict[str, float]:
-        """See `engine_worker.Engine`: with the engine's own threads."""
+        """See `engine_worker.Engine`: with the engine's own threads. Needs the C++ kernels."""
         limits: dict[str, float] = self._run(_limits)
         return limits
 
@@ -153,6 +151,7 @@ def _load(options: Options, device: torch.device) -> tuple[Transformer, PoolTens
         head=True,
         dtype=dtype,
         device=device,
+        kernels=options.kernels,
     )
     layout = config.kv_layout(layers=layers, page_size=PAGE_SIZE, dtype=dtype)
     pages = options.kv_bytes // layout.page_bytes
@@ -179,24 +178,5 @@ def _no_group(*_: object) -> Any:
 
 
 def _limits() -> dict[str, float]:
-    """Return GFLOP/s of square matrix products, and GB/s of reading."""
-    limits: dict[str, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        # Few rows where it may be emulated: enough to tell that it is.
-        rows = MATRIX if compute_dtype(dtype, torch.device("cpu")) == dtype else 64
-        a, b = torch.randn(rows, MATRIX, dtype=dtype), torch.randn(MATRIX, MATRIX, dtype=dtype)
-        seconds = _best_seconds(torch.mm, a, b)
-        limits[f"{str(dtype).removeprefix('torch.')}_gflops"] = 2e-9 * rows * MATRIX**2 / seconds
-    memory = torch.ones(READ_BYTES // 4)
-    limits["read_gbytes"] = 1e-9 * READ_BYTES / _best_seconds(torch.sum, memory)
-    return limits
-
-
-def _best_seconds(function: Callable[..., object], *arguments: object) -> float:
-    """Return the shortest of up to ten calls within `LIMIT_SECONDS`."""
-    times: list[float] = []
-    while len(times) < 10 and sum(times) < LIMIT_SECONDS:
-        started = time.perf_counter()
-        function(*arguments)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    limits = asdict(measure_limits(Kernels()))
+    return {name: value for name, value in limits.items() if value is not None}

@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ from common import (
     table,
     wait_for_calm,
 )
+from engine_limits import limit_share
 from engine_worker import ENGINES, Options, Row, Task
 from make_model import ensure_model
 
@@ -120,7 +121,7 @@ class Worker:
         arguments = [
             *("--model", str(options.model), "--dtype", options.dtype),
             *("--threads", str(options.threads), "--kv-bytes", str(options.kv_bytes)),
-            *("--chunk-tokens", str(options.chunk_tokens)),
+            *("--chunk-tokens", str(options.chunk_tokens), "--kernels", options.kernels),
         ]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
@@ -190,7 +191,7 @@ class Worker:
 
 @contextlib.contextmanager
 def running(
-    options: Options, python: Path, wait_policy: str | None, timeout: float
+    options: Options, vllm_dtype: str, python: Path, wait_policy: str | None, timeout: float
 ) -> Iterator[dict[str, Worker]]:
     """Run both engines while the context lasts. They start one after the other."""
     shared = {} if wait_policy is None else {"OMP_WAIT_POLICY": wait_policy}
@@ -201,8 +202,9 @@ def running(
     with contextlib.ExitStack() as stack:
         workers = {}
         for name, (interpreter, variables) in starts.items():
-            say(f"starting {name} in {options.dtype}")
-            workers[name] = Worker(name, interpreter, options, variables)
+            own = options if name == "penstock" else replace(options, dtype=vllm_dtype)
+            say(f"starting {name} in {own.dtype}")
+            workers[name] = Worker(name, interpreter, own, variables)
             stack.callback(workers[name].close)
             say(f"{name} is ready after {workers[name].wait_until_ready(timeout):.0f} s")
         yield workers
@@ -244,11 +246,13 @@ def run_dtype(
         threads=args.threads,
         kv_bytes=args.kv_gib << 30,
         chunk_tokens=args.chunk_tokens,
+        kernels=args.kernels,
     )
+    vllm_dtype = dtype if args.vllm_dtype == "same" else args.vllm_dtype
     names = list(ENGINES)
     samples: list[dict[str, Any]] = []
     limits: list[dict[str, float]] = []
-    with running(options, python, args.wait_policy, args.timeout) as workers:
+    with running(options, vllm_dtype, python, args.wait_policy, args.timeout) as workers:
         for number in range(-1, args.rounds):
             order = names if number % 2 else names[::-1]
             limits.append(workers["penstock"].ask(None, args.timeout))
@@ -267,14 +271,16 @@ def run_dtype(
                     "cores"
                 )
                 if number >= 0:
-                    samples.append({"row": row.name, "round": number, **pair})
-                    report.write(**{dtype: {"limits": limits, "samples": samples}})
+                    share = limit_share(options, task, ours, limits[-1])
+                    samples.append({"row": row.name, "round": number, "share": share, **pair})
+                    result = {"vllm_dtype": vllm_dtype, "limits": limits, "samples": samples}
+                    report.write(**{dtype: result})
     return samples
 
 
 def summary(samples: list[dict[str, Any]]) -> str:
     """Return the table of one dtype."""
-    columns = ("row", "ours, tokens/s", "vLLM, tokens/s", "ours / vLLM", "gather", "engine")
+    columns = ("row", "ours, tokens/s", "vLLM, tokens/s", "ours / vLLM", "of the limit", "engine")
     lines = []
     for name in dict.fromkeys(sample["row"] for sample in samples):
         pairs = [sample for sample in samples if sample["row"] == name]
@@ -286,11 +292,15 @@ def summary(samples: list[dict[str, Any]]) -> str:
                 Spread.of(sample["rate"] for sample in ours).text(),
                 Spread.of(sample["rate"] for sample in theirs).text(),
                 Spread.of(ratios).text(2),
-                _share(ours, "gather"),
+                f"{Spread.of(pair['share'] for pair in pairs).median:.0%} {_limit_of(name)}",
                 _share([s | {"around": _around(s)} for s in ours], "around"),
             )
         )
     return table(columns, lines)
+
+
+def _limit_of(name: str) -> str:
+    return "of arithmetic" if name.startswith("prefill") else "of reading"
 
 
 def _around(sample: dict[str, Any]) -> float:
@@ -324,6 +334,7 @@ def limits_text(limits: list[dict[str, float]]) -> str:
     return "limits of the machine in this run: " + "; ".join(
         f"{Spread.of(sample[key] for sample in limits).text()} {unit}"
         for key, unit in names.items()
+        if key in limits[0]
     )
 
 
@@ -334,7 +345,8 @@ def compare(args: argparse.Namespace) -> None:
     report = Report(args.out)
     for dtype in args.dtype:
         samples = run_dtype(args, dtype, python, report)
-        print(f"\n{dtype}, median (minimum to maximum) of {args.rounds} rounds\n")
+        theirs = report.content[dtype]["vllm_dtype"]
+        print(f"\n{dtype}, vLLM in {theirs}; median (minimum to maximum) of {args.rounds} rounds\n")
         print(summary(samples))
         print(f"\n{limits_text(report.content[dtype]['limits'])}")
         others = Spread.of(s[name]["other_cores"] for s in samples for name in ENGINES)
@@ -353,6 +365,14 @@ def parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--rounds", type=int, default=5, help="samples a row, behind one not counted (default: 5)")
     a("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
+    a(
+        "--vllm-dtype",
+        default="same",
+        choices=["same", "bfloat16", "float32"],
+        help="float32 where the processor has no products of bfloat16, which vLLM then emulates: "
+        "each engine at its best (default: same)",
+    )
+    a("--kernels", default="native", choices=["native", "torch"], help="ours (default: native)")
     a("--prefill", nargs="*", type=int, default=[128, 2048, 8192], help="prompt lengths")
     a("--decode", nargs="*", type=int, default=[1, 8, 32], help="batch sizes")
     a("--context", type=int, default=512, help="of decode rows, in tokens (default: 512)")

@@ -31,6 +31,8 @@ class Options:
     threads: int
     kv_bytes: int
     chunk_tokens: int
+    kernels: Literal["native", "torch"]
+    """Ours only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--dtype", required=True)
     for name in ("--threads", "--kv-bytes", "--chunk-tokens"):
         parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--kernels", required=True)
     arguments = vars(parser.parse_args())
     # Engines print; what they print goes to the log, and the pipe is for answers only.
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:

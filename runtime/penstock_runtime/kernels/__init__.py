@@ -4,6 +4,8 @@
     build.py        compiles it, once for each set of instructions (also at install)
     library.py      finds, checks and loads the library for this processor
     native.py       typed functions over torch tensors
+    selection.py    the library or torch, by a worker's setting
+    limits.py       what the processor can do at most, for benchmarks
 
 Optional: without a compiler at install there is no library, and everything runs on torch.
 

@@ -12,7 +12,7 @@ Call from any thread, but from one at a time: the threads of a call are torch's.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -338,6 +338,24 @@ class Kernels:
         )
         _require_memory(self._attention(call))
         return out
+
+    def spin(self, repeats: int, *, pairs: bool = False) -> float:
+        """Multiply and add on registers, by all threads; return the operations done.
+
+        With `pairs`: on pairs of bfloat16.
+        """
+        work = self._library.penstock_spin_pairs if pairs else self._library.penstock_spin_products
+        work.argtypes, work.restype = [c_int64, c_void_p], c_double
+        sink = c_float()
+        return float(work(repeats, ctypes.addressof(sink)))
+
+    def read(self, memory: torch.Tensor) -> float:
+        """Read contiguous memory once, by all threads; return the bytes read."""
+        size = memory.nbytes // 256 * 256
+        work = self._library.penstock_read
+        work.argtypes, work.restype = [c_void_p, c_int64], c_uint64
+        work(memory.data_ptr(), size)
+        return float(size)
 
 
 def _is_bfloat16(weight: torch.Tensor) -> bool:

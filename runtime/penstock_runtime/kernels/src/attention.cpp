@@ -34,8 +34,9 @@ namespace {
 
 constexpr long kKeyBlock = 128;
 constexpr long kSection = 1024;
-constexpr long kTaskRows = 96;
+constexpr long kTaskFloats = 24576;  // of q in a task, and as many of sums: 96 KB each
 constexpr long kFewQueries = 16;
+constexpr long kStep = 16;  // tokens, for so few queries; 32 and 64 were slower
 static_assert(kFewQueries >= kMaxRows);
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 0x1.715476p+0f;
@@ -121,13 +122,23 @@ void merge(const State& total, const State& later, long rows, long columns) {
 // One call's sizes, and what a thread needs to compute a task.
 class Kernel {
  public:
-  explicit Kernel(const Attention& call)
+  Kernel(const Attention& call, long threads)
       : call_(call),
         kv_(call.kv),
         group_(call.heads / call.kv.kv_heads),
-        columns_(round_up(call.kv.value_dim, kLanes)) {}
+        columns_(round_up(call.kv.value_dim, kLanes)) {
+    long tokens = 0, longest = 0;
+    for (long i = 0; i < call.segments; i++) {
+      tokens += call.lengths[i];
+      longest = std::max<long>(longest, call.lengths[i]);
+    }
+    const long cached = kTaskFloats / (group_ * (kv_.key_dim + columns_) / 2);
+    const long shared = tokens * kv_.kv_heads / (threads * kTasksPerThread);
+    task_tokens_ = std::min(longest, std::max(1L, std::min(cached, shared)));
+  }
 
-  long task_tokens() const { return std::max(1L, kTaskRows / group_); }
+  // Tokens whose queries stay in the second level, and leave every thread a few tasks.
+  long task_tokens() const { return task_tokens_; }
   long task_rows() const { return task_tokens() * group_; }
   long state_floats() const { return round_up(State::floats(task_rows(), columns_), kLanes); }
   long workspace_floats() const {
@@ -264,33 +275,32 @@ class Kernel {
     }
   }
 
-  // Keys of 16 tokens. Pages lie anywhere, so the processor cannot guess what comes next: it is told.
+  // Keys of the tokens [t, t + count), whole panels.
   template <class T>
-  void pack_keys(const Rows<T>& rows, const Rows<T>& next, long t, float* to) const {
-    for (long i = t; i < std::min(t + kLanes, next.count); i++) {
-      prefetch(next.keys[i], kv_.key_dim);
+  void pack_keys(const Rows<T>& rows, long t, long count, float* to) const {
+    for (long p = 0; p < count; p += kLanes) {
+      transpose_panel(rows.keys + t + p, kv_.key_dim, to + p * kv_.key_dim);
     }
-    transpose_panel(rows.keys + t, kv_.key_dim, to);
   }
 
-  // Values of 16 tokens; `panel`: from one panel of columns to the next.
+  // Values of the same; `panel`: from one panel of columns to the next.
   template <class T>
-  void pack_values(const Rows<T>& rows, const Rows<T>& next, long t, float* to, long panel) const {
-    for (long i = t; i < std::min(t + kLanes, next.count); i++) {
-      prefetch(next.values[i], kv_.value_dim);
-    }
-    for (long i = 0; i < kLanes; i++) {
+  void pack_values(const Rows<T>& rows, long t, long count, float* to, long panel) const {
+    for (long i = 0; i < count; i++) {
       for (long c = 0; c < columns_; c += kLanes) {
         widen_some(rows.values[t + i] + c, kv_.value_dim - c, to + c / kLanes * panel + i * kLanes);
       }
     }
   }
 
+  // Pages lie anywhere, so the processor cannot guess what comes next: it is told.
   template <class T>
-  static void prefetch(const T* row, long count) {
-    const char* bytes = reinterpret_cast<const char*>(row);
-    for (long i = 0; i < count * static_cast<long>(sizeof(T)); i += kLine) {
-      __builtin_prefetch(bytes + i, 0, 2);
+  static void prefetch(const T* const* rows, long first, long last, long dims) {
+    for (long r = first; r < last; r++) {
+      const char* bytes = reinterpret_cast<const char*>(rows[r]);
+      for (long i = 0; i < dims * static_cast<long>(sizeof(T)); i += kLine) {
+        __builtin_prefetch(bytes + i, 0, 3);
+      }
     }
   }
 
@@ -310,26 +320,39 @@ class Kernel {
     }
   }
 
-  // Memory is the limit: 16 tokens at a time are packed, and used while they are in the first level.
+  // Memory is the limit: a few tokens at a time are packed, and used while they are in the first
+  // level. Each step names what the next one reads.
   template <class T>
   void few_queries(const Task& task, long first, const Rows<T>& rows, const Rows<T>& next,
-                const Buffers<T>& at, const State& sums) const {
+                   const Buffers<T>& at, const State& sums) const {
     const long count = task.count * group_;
-    const long panels = (rows.count + kLanes - 1) / kLanes;
-    for (long t = 0; t < rows.count; t += kLanes) {
-      pack_keys(rows, next, t, at.keys);
+    const long tokens = round_up(rows.count, kLanes);
+    for (long t = 0; t < tokens; t += kStep) {
+      const long step = std::min(kStep, tokens - t);
+      if (t + kStep < tokens) {
+        prefetch(rows.keys, t + kStep, std::min(t + 2 * kStep, rows.count), kv_.key_dim);
+      } else {
+        prefetch(rows.values, 0, std::min(kStep, rows.count), kv_.value_dim);
+      }
+      pack_keys(rows, t, step, at.keys);
       for_row_groups(count, [&](long row, int group) {
-        multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim, at.keys, 0, kv_.key_dim,
-                      at.scores + row * kKeyBlock + t, kKeyBlock, kLanes, Into::store);
+        multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim, at.keys, kLanes * kv_.key_dim,
+                      kv_.key_dim, at.scores + row * kKeyBlock + t, kKeyBlock, step, Into::store);
       });
     }
-    softmax(task, first, 0, count, panels, at.scores, sums);
-    for (long t = 0; t < rows.count; t += kLanes) {
-      pack_values(rows, next, t, at.values, kLanes * kLanes);
+    softmax(task, first, 0, count, tokens / kLanes, at.scores, sums);
+    for (long t = 0; t < tokens; t += kStep) {
+      const long step = std::min(kStep, tokens - t);
+      if (t + kStep < tokens) {
+        prefetch(rows.values, t + kStep, std::min(t + 2 * kStep, rows.count), kv_.value_dim);
+      } else {
+        prefetch(next.keys, 0, std::min(kStep, next.count), kv_.key_dim);
+      }
+      pack_values(rows, t, step, at.values, kLanes * kStep);
       for_row_groups(count, [&](long row, int group) {
-        multiply_rows(group, at.scores + row * kKeyBlock + t, kKeyBlock, at.values,
-                      kLanes * kLanes, std::min<long>(kLanes, rows.count - t),
-                      sums.out + row * columns_, columns_, columns_, Into::continue_);
+        multiply_rows(group, at.scores + row * kKeyBlock + t, kKeyBlock, at.values, kLanes * kStep,
+                      std::min(step, rows.count - t), sums.out + row * columns_, columns_,
+                      columns_, Into::continue_);
       });
     }
   }
@@ -337,11 +360,11 @@ class Kernel {
   // Arithmetic is the limit: the block is packed once for all rows.
   template <class T>
   void many_queries(const Task& task, long first, const Rows<T>& rows, const Rows<T>& next,
-                 const Buffers<T>& at, const State& sums) const {
-    for (long t = 0; t < rows.count; t += kLanes) {
-      pack_keys(rows, next, t, at.keys + t * kv_.key_dim);
-      pack_values(rows, next, t, at.values + t * kLanes, kLanes * kKeyBlock);
-    }
+                    const Buffers<T>& at, const State& sums) const {
+    const long tokens = round_up(rows.count, kLanes);
+    pack_keys(rows, 0, tokens, at.keys);
+    pack_values(rows, 0, tokens, at.values, kLanes * kKeyBlock);
+    prefetch(next.keys, 0, std::min(kStep, next.count), kv_.key_dim);
     for_row_groups(task.count * group_, [&](long row, int group) {
       const long count = std::min(rows.count, visible(task, first, row + group - 1));
       if (count <= 0) return;
@@ -358,6 +381,7 @@ class Kernel {
   const KvLayer& kv_;
   long group_;
   long columns_;
+  long task_tokens_;
 };
 
 // The tasks of a call. Of a segment, those with the most keys come first, so that none of them is
@@ -383,8 +407,8 @@ long list_tasks(const Attention& call, const Kernel& kernel, Task* tasks) {
 using namespace penstock;
 
 int penstock_attention(const Attention* call) {
-  const Kernel kernel(*call);
   const long threads = omp_get_max_threads();
+  const Kernel kernel(*call, threads);
   static thread_local Scratch task_memory, part_memory, work_memory;
   const long count = list_tasks(*call, kernel, nullptr);
   if (count == 0) return 0;

@@ -98,7 +98,7 @@ int penstock_attention(const Attention* call);
 
 // --- limits.cpp: what the machine can do ------------------------------------------------------
 
-// Float32 multiply-adds on registers, by all threads, so many times 16 · 16 of them a thread.
+// Float32 multiply-adds on registers, by all threads, `repeats` times a dozen of them in each.
 // Returns the operations done, two a multiply-add; `sink` takes what the compiler must not drop.
 double penstock_spin_products(int64_t repeats, float* sink);
 // The same with products of bfloat16 pairs.

@@ -19,7 +19,6 @@ constexpr long kBlock = 256;
 constexpr long kRowBlock = 144;     // rows · kBlock floats: 147 KB of the second level
 constexpr long kColumnBlock = 256;  // columns that share a copy of the rows
 constexpr long kFewRows = 2 * kMaxRows;
-constexpr long kTasksPerThread = 4;
 
 // Widens `count` rows of one panel, an even number.
 void widen_panel(const bf16* panel, long count, float* to) {

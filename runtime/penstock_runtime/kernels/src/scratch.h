@@ -1,4 +1,4 @@
-// Memory that kernels work in, kept from call to call.
+// What kernels share in how they work: memory kept from call to call, and the number of tasks.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,11 @@
 
 namespace penstock {
 
-constexpr size_t kLine = 64;
+constexpr long kLine = 64;
+
+// Work is cut into so many tasks a thread, where it can be: a thread that loses its core for a while
+// then holds up the others less.
+constexpr long kTasksPerThread = 4;
 
 // Grows and never shrinks. `Scratch` objects are thread_local, and the few threads that compute live
 // as long as the process: nothing is freed at their end, which would need the C++ runtime.
