@@ -12,7 +12,6 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
 from engine_worker import MAX_MODEL_LEN, Generated
 
 from penstock_runtime.attention.paged_cpu import PagedCpuAttention, Timings
@@ -36,6 +35,7 @@ from penstock_wire.messages import Generate, Sampling, Tokens, pack_tokens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from engine_worker import Options
 
     from penstock_runtime.engine.cuda_graphs import DecodeGraphs

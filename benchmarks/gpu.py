@@ -147,6 +147,7 @@ def run(args: argparse.Namespace, report: Report) -> list[dict[str, Any]]:
         model=ensure_model(args.size),
         dtype="bfloat16",
         threads=1,
+        kernels="torch",
         kv_bytes=args.kv_gib << 30,
         chunk_tokens=args.chunk_tokens,
     )
