@@ -35,6 +35,8 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
+        self._layers: dict[tuple[int, torch.Size, torch.dtype], KvPages] = {}
+        """By address and shape: finding out how a layer lies costs more than a look here."""
 
     def plan(self, segments: Sequence[Segment], page_size: int, device: torch.device) -> NativePlan:
         """List the segments' rows and pages."""
@@ -70,7 +72,7 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         tokens, heads, _ = q_TNH.shape
         q_TW = q_TNH.float().reshape(tokens, -1)
         out_TW = self._kernels.attention(
-            q_TW, plan.segments, _pages(kv_layer), heads=heads, scale=scale
+            q_TW, plan.segments, self._pages(kv_layer), heads=heads, scale=scale
         )
         return out_TW.view(tokens, heads, -1).to(q_TNH.dtype)
 
@@ -85,7 +87,7 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         scale: float,
     ) -> torch.Tensor:
         """Norm, rotate and write in one pass, then attend."""
-        qkv_TW, kv, slots = qkv_TW.float(), _pages(kv_layer), plan.slots
+        qkv_TW, kv, slots = qkv_TW.float(), self._pages(kv_layer), plan.slots
         self._kernels.attention_inputs(
             qkv_TW,
             heads=heads,
@@ -96,7 +98,9 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         )
         return self._kernels.attention(qkv_TW, plan.segments, kv, heads=heads, scale=scale)
 
-
-def _pages(kv_layer: torch.Tensor) -> KvPages:
-    keys, values = kv_layer.unbind(1)
-    return KvPages(keys, values)
+    def _pages(self, kv_layer: torch.Tensor) -> KvPages:
+        key = (kv_layer.data_ptr(), kv_layer.shape, kv_layer.dtype)
+        pages = self._layers.get(key)
+        if pages is None or pages.page_stride != kv_layer.stride(0):
+            pages = self._layers[key] = KvPages(*kv_layer.unbind(1))
+        return pages

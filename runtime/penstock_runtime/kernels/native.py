@@ -29,6 +29,7 @@ _FLOAT32, _BFLOAT16, _BFLOAT16_PAIRS = 0, 1, 2
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`KvLayer.element` in kernels.h."""
 _LOW_HALF = 0xFFFF
+_NO_MEMORY = "the kernels got no memory to work in"
 
 
 class _Linear(ctypes.Structure):
@@ -98,6 +99,8 @@ class Weight:
     """A weight matrix in the kernels' own layout, see tile.h."""
 
     packed: torch.Tensor
+    address: int
+    """Of `packed`."""
     kind: int
     outputs: int
     inputs: int
@@ -110,14 +113,14 @@ class KvPages:
     of another head dim than keys, and a part of them. The tensors are not kept.
     """
 
-    __slots__ = ("key_dim", "kv_heads", "layer", "value_dim")
+    __slots__ = ("key_dim", "kv_heads", "layer", "page_stride", "value_dim")
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raises ValueError if they do not lie in memory as described."""
         if keys.dtype not in _ELEMENTS or values.dtype != keys.dtype or keys.device.type != "cpu":
             raise ValueError(f"pages are {keys.dtype} and {values.dtype} on {keys.device}")
         _, self.kv_heads, page_size, self.key_dim = keys.shape
-        self.value_dim = values.shape[3]
+        self.value_dim, self.page_stride = values.shape[3], keys.stride(0)
         for name, x in (("keys", keys), ("values", values)):
             row = x.stride(2)
             if x.stride()[1:] != (page_size * row, row, 1):
@@ -137,20 +140,33 @@ class KvPages:
         )
 
 
-@dataclass(frozen=True, slots=True)
 class Segments:
-    """A batch for `Kernels.attention`, all int64, one element a segment."""
+    """A batch for `Kernels.attention`. All tensors are int64."""
 
-    starts: torch.Tensor
-    """Position of its first query."""
-    lengths: torch.Tensor
-    """Its queries."""
-    first_rows: torch.Tensor
-    """Its first row in the batch."""
-    first_pages: torch.Tensor
-    """Where its pages begin in `pages`."""
-    pages: torch.Tensor
-    """Those of all segments, one after the other."""
+    def __init__(
+        self,
+        *,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        first_rows: torch.Tensor,
+        first_pages: torch.Tensor,
+        pages: torch.Tensor,
+    ) -> None:
+        """Keep the tables.
+
+        Args:
+            starts: position of each segment's first query.
+            lengths: its queries.
+            first_rows: its first row in the batch.
+            first_pages: where its pages begin in `pages`.
+            pages: those of all segments, one after the other.
+        """
+        count = starts.shape
+        for name, x in (("lengths", lengths), ("rows", first_rows), ("first_pages", first_pages)):
+            _check(x, name, count, torch.int64)
+        self._tables = (starts, lengths, first_rows, first_pages, pages)
+        self.addresses = (count[0], *(table.data_ptr() for table in self._tables))
+        """The number of segments, and where the tables are, as the library takes them."""
 
 
 class Kernels:
@@ -209,7 +225,7 @@ class Kernels:
         pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
         pack(plain.data_ptr(), outputs, inputs, packed.data_ptr())
         kind = _FLOAT32 if not narrow else _BFLOAT16_PAIRS if round_inputs else _BFLOAT16
-        return Weight(packed, kind, outputs, inputs)
+        return Weight(packed, packed.data_ptr(), kind, outputs, inputs)
 
     def linear(
         self,
@@ -219,45 +235,42 @@ class Kernels:
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return x · Wᵀ + bias, float32 (M, N); or add it to `add_to` and return that."""
-        _check(x_MK, "x", (len(x_MK), weight.inputs))
-        if add_to is None:
-            y_MN = torch.empty(len(x_MK), weight.outputs)
-        else:
-            y_MN = add_to
-            _check(y_MN, "add_to", (len(x_MK), weight.outputs), contiguous=True)
+        rows = x_MK.shape[0]
+        y_MN = torch.empty(rows, weight.outputs) if add_to is None else add_to
+        if add_to is not None:
+            _check(add_to, "add_to", (rows, weight.outputs))
         if bias_N is not None:
             _check(bias_N, "bias", (weight.outputs,))
         call = _Linear(
             x_MK.data_ptr(),
-            x_MK.stride(0),
-            weight.packed.data_ptr(),
+            _row_stride(x_MK, "x", weight.inputs),
+            weight.address,
             weight.kind,
             None if bias_N is None else bias_N.data_ptr(),
             y_MN.data_ptr(),
-            len(x_MK),
+            rows,
             weight.outputs,
             weight.inputs,
             add_to is not None,
         )
-        _require_memory(self._linear(call))
+        if self._linear(call):
+            raise MemoryError(_NO_MEMORY)
         return y_MN
 
     def rms_norm(self, x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / sqrt(mean(x²) + eps) · weight, float32 (M, D)."""
         rows, columns = x_MD.shape
-        _check(x_MD, "x", (rows, columns))
+        stride = _row_stride(x_MD, "x", columns)
         _check(weight_D, "weight", (columns,))
         y_MD = torch.empty(rows, columns)
-        self._rms_norm(
-            *(x_MD.data_ptr(), weight_D.data_ptr(), y_MD.data_ptr()),
-            *(rows, columns, x_MD.stride(0), eps),
-        )
+        addresses = (x_MD.data_ptr(), weight_D.data_ptr(), y_MD.data_ptr())
+        self._rms_norm(*addresses, rows, columns, stride, eps)
         return y_MD
 
     def silu_multiply(self, gate_up_MF: torch.Tensor) -> torch.Tensor:
         """Return silu(gate) · up, float32 (M, F), of (M, 2·F): the gate, then what it gates."""
-        rows, columns = len(gate_up_MF), gate_up_MF.shape[1] // 2
-        _check(gate_up_MF, "gate_up", (rows, 2 * columns), contiguous=True)
+        rows, columns = gate_up_MF.shape[0], gate_up_MF.shape[1] // 2
+        _check(gate_up_MF, "gate_up", (rows, 2 * columns))
         y_MF = torch.empty(rows, columns)
         self._silu_multiply(gate_up_MF.data_ptr(), y_MF.data_ptr(), rows, columns)
         return y_MF
@@ -283,15 +296,15 @@ class Kernels:
             slots: page of each token, and its place in the page, int64 (T,).
             kv: where keys and values go.
         """
-        tokens, kv_heads, key_dim = len(qkv_TW), kv.kv_heads, kv.key_dim
+        tokens, kv_heads, key_dim = qkv_TW.shape[0], kv.kv_heads, kv.key_dim
         width = heads * key_dim + kv_heads * (key_dim + kv.value_dim)
-        _check(qkv_TW, "qkv", (tokens, width), contiguous=True)
+        _check(qkv_TW, "qkv", (tokens, width))
         if norm is not None:
-            _check(norm[0], "norm", (heads + kv_heads, key_dim), contiguous=True)
+            _check(norm[0], "norm", (heads + kv_heads, key_dim))
         if rotations.dtype != torch.complex64 or rotations.numel() != tokens * (key_dim // 2):
             raise ValueError(f"rotations are {rotations.dtype} {tuple(rotations.shape)}")
         for slot in slots:
-            _check(slot, "slots", (tokens,), dtype=torch.int64)
+            _check(slot, "slots", (tokens,), torch.int64)
         self._attention_inputs(
             _AttentionInputs(
                 qkv_TW.data_ptr(),
@@ -318,25 +331,22 @@ class Kernels:
             heads: query heads, a multiple of the KV heads.
             scale: of the scores.
         """
-        _check(q_TW, "q", (len(q_TW), q_TW.shape[1]))
-        if q_TW.shape[1] < heads * kv.key_dim or heads % kv.kv_heads:
-            raise ValueError(f"{heads} heads of {kv.key_dim} in rows of {q_TW.shape[1]}")
-        out = torch.empty(len(q_TW), heads * kv.value_dim)
+        rows, width = q_TW.shape
+        stride = _row_stride(q_TW, "q", width)
+        if width < heads * kv.key_dim or heads % kv.kv_heads:
+            raise ValueError(f"{heads} heads of {kv.key_dim} in rows of {width}")
+        out = torch.empty(rows, heads * kv.value_dim)
         call = _Attention(
             q_TW.data_ptr(),
-            q_TW.stride(0),
+            stride,
             out.data_ptr(),
             heads,
-            len(segments.starts),
-            segments.starts.data_ptr(),
-            segments.lengths.data_ptr(),
-            segments.first_rows.data_ptr(),
-            segments.first_pages.data_ptr(),
-            segments.pages.data_ptr(),
+            *segments.addresses,
             scale,
             kv.layer,
         )
-        _require_memory(self._attention(call))
+        if self._attention(call):
+            raise MemoryError(_NO_MEMORY)
         return out
 
     def spin(self, repeats: int, *, pairs: bool = False) -> float:
@@ -367,23 +377,25 @@ def _is_bfloat16(weight: torch.Tensor) -> bool:
 
 
 def _check(
-    x: torch.Tensor,
-    name: str,
-    shape: tuple[int, ...],
-    *,
-    dtype: torch.dtype = torch.float32,
-    contiguous: bool = False,
+    x: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> None:
     """Raise ValueError unless x is what a kernel will take its memory for."""
-    if x.dtype != dtype or x.device.type != "cpu" or x.shape != shape:
-        raise ValueError(
-            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}, expected {dtype} {shape} "
-            "on the CPU"
-        )
-    if (x.numel() and x.stride(-1) != 1) or (contiguous and not x.is_contiguous()):
-        raise ValueError(f"{name} of shape {shape} has strides {x.stride()}")
+    if x.dtype is not dtype or not x.is_cpu or x.shape != shape or not x.is_contiguous():
+        raise _misread(x, name, f"{dtype} {shape}, contiguous")
 
 
-def _require_memory(status: int) -> None:
-    if status:
-        raise MemoryError("the kernels got no memory to work in")
+def _row_stride(x: torch.Tensor, name: str, columns: int) -> int:
+    """Return the elements from row to row of a float32 matrix. Raises ValueError if x is none."""
+    if x.dtype is torch.float32 and x.is_cpu and x.dim() == 2 and x.shape[1] == columns:
+        if x.is_contiguous():
+            return columns
+        if x.stride(1) == 1:
+            return x.stride(0)
+    raise _misread(x, name, f"torch.float32 rows of {columns}")
+
+
+def _misread(x: torch.Tensor, name: str, expected: str) -> ValueError:
+    return ValueError(
+        f"{name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}, "
+        f"expected {expected}, on the CPU"
+    )

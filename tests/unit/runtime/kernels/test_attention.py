@@ -155,7 +155,13 @@ def test_values_may_be_a_part_of_the_keys(kernels):
     torch.manual_seed(0)
     latent = torch.randn(3, 1, 4, 16)
     q = torch.randn(1, 2 * 16)
-    segments = Segments(*map(torch.tensor, ([9], [1], [0], [0], [2, 0, 1])))
+    segments = Segments(
+        starts=torch.tensor([9]),
+        lengths=torch.tensor([1]),
+        first_rows=torch.tensor([0]),
+        first_pages=torch.tensor([0]),
+        pages=torch.tensor([2, 0, 1]),
+    )
     out = kernels.attention(q, segments, KvPages(latent, latent[..., :8]), heads=2, scale=0.25)
     keys = latent[[2, 0, 1]].reshape(12, 16)[:10].double()
     weights = (q.double().view(2, 16) @ keys.T * 0.25).softmax(-1)

@@ -129,7 +129,7 @@ def test_the_gate_at_its_ends(kernels):
     ("call", "message"),
     [
         (lambda k: k.linear(draw(2, 8).double(), k.pack(draw(4, 8))), "x is torch.float64"),
-        (lambda k: k.linear(draw(2, 7), k.pack(draw(4, 8))), r"expected torch.float32 \(2, 8\)"),
+        (lambda k: k.linear(draw(2, 7), k.pack(draw(4, 8))), "expected torch.float32 rows of 8"),
         (lambda k: k.linear(draw(8, 2).T, k.pack(draw(4, 8))), "strides"),
         (lambda k: k.linear(draw(2, 8), k.pack(draw(4, 8)), draw(5)), "bias is"),
         (lambda k: k.linear(draw(2, 8), k.pack(draw(4, 8)), add_to=draw(4, 2).T), "strides"),
