@@ -18,7 +18,7 @@ namespace {
 constexpr long kBlock = 256;
 constexpr long kRowBlock = 144;     // rows · kBlock floats: 147 KB of the second level
 constexpr long kColumnBlock = 256;  // columns that share a copy of the rows
-constexpr long kFewRows = 2 * kMaxRows;
+constexpr long kFewRows = 3 * kMaxRows;  // measured: widening a panel once pays off behind that
 
 // Widens `count` rows of one panel, an even number.
 void widen_panel(const bf16* panel, long count, float* to) {
@@ -92,15 +92,16 @@ class Product {
     return k == 0 && !call_.accumulate && call_.bias == nullptr ? Into::store : Into::add;
   }
 
-  // Memory is the limit: each panel is read once from its start to its end, and used while it is in
-  // the first level. `per_word`: k in one element of x.
+  // Memory is the limit: panels are read once, from start to end, as many at a time as a tile has,
+  // and used while they are in the first level. `per_word`: k in one element of x.
   template <class A, class B>
   void few_rows(const A* x, long x_stride, long per_word, const B* weight, Range rows,
                 Range columns) const {
     const long panel = call_.inputs * kLanes;
-    constexpr long kTogether = panels_for(1) * kLanes;
-    for (long n = columns.first; n < columns.last; n += kTogether) {
-      const long count = std::min(kTogether, columns.last - n);
+    const long groups = (rows.size() + kMaxRows - 1) / kMaxRows;
+    const long together = panels_for((rows.size() + groups - 1) / groups) * kLanes;
+    for (long n = columns.first; n < columns.last; n += together) {
+      const long count = std::min(together, columns.last - n);
       for (long k = 0; k < call_.inputs; k += kBlock) {
         for_row_groups(rows.size(), [&](long first, int group) {
           const long m = rows.first + first;

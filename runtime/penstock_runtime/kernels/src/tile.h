@@ -22,19 +22,23 @@ enum class Into {
 
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 12;
-constexpr int panels_for(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+constexpr long panels_for(long rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 #elif defined(__AVX2__)
 constexpr int kMaxRows = 6;
-constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr long panels_for(long rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #else
 constexpr int kMaxRows = 6;
-constexpr int panels_for(int rows) { return rows <= 2 ? 2 : 1; }
+constexpr long panels_for(long rows) { return rows <= 2 ? 2 : 1; }
 #endif
 
 template <int R, int P>
 struct Accumulators {
   Native at[R][P * kParts];
 };
+
+// How far ahead weights are asked for, in elements: 2 KB. Reading memory takes as long as a few dozen
+// steps of a product.
+constexpr long kAhead = 1024;
 
 #define PENSTOCK_ROWS _Pragma("GCC unroll 12") for (int r = 0; r < R; r++)
 #define PENSTOCK_COLUMNS _Pragma("GCC unroll 8") for (int c = 0; c < P * kParts; c++)
@@ -59,6 +63,10 @@ PENSTOCK_INLINE void multiply(const float* a, long stride, const bf16* b, long p
                               Accumulators<R, P>& acc) {
   for (long i = 0; i < k; i += 2) {
     Bits words[P * kParts];
+    // A line of each panel: what lies behind this block is read next.
+    _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
+      __builtin_prefetch(b + p * panel + i * kLanes + kAhead, 0, 3);
+    }
     PENSTOCK_COLUMNS words[c] =
         load_bits(b + c / kParts * panel + i * kLanes + c % kParts * 2 * kWidth);
     PENSTOCK_ROWS {
@@ -119,7 +127,7 @@ void tile(const A* a, long a_stride, const B* b, long panel, long k, float* c_fi
 template <int R, class A, class B>
 void row_of_tiles(const A* a, long a_stride, const B* b, long panel, long k, float* c,
                   long c_stride, long columns, Into into) {
-  constexpr int P = panels_for(R);
+  constexpr int P = static_cast<int>(panels_for(R));
   long n = 0;
   for (; columns - n > (P - 1) * kLanes; n += P * kLanes) {
     tile<R, P>(a, a_stride, b + n / kLanes * panel, panel, k, c + n, c_stride,
