@@ -36,7 +36,6 @@ constexpr long kKeyBlock = 128;
 constexpr long kSection = 1024;
 constexpr long kTaskFloats = 24576;  // of q in a task, and as many of sums: 96 KB each
 constexpr long kFewQueries = 16;
-constexpr long kStep = 16;  // tokens, for so few queries; 32 and 64 were slower
 static_assert(kFewQueries >= kMaxRows);
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 0x1.715476p+0f;
@@ -126,7 +125,8 @@ class Kernel {
       : call_(call),
         kv_(call.kv),
         group_(call.heads / call.kv.kv_heads),
-        columns_(round_up(call.kv.value_dim, kLanes)) {
+        columns_(round_up(call.kv.value_dim, kLanes)),
+        keys_asked_((kLanes * 8 + call.kv.key_dim - 1) / call.kv.key_dim) {
     long tokens = 0, longest = 0;
     for (long i = 0; i < call.segments; i++) {
       tokens += call.lengths[i];
@@ -223,7 +223,7 @@ class Kernel {
       if (task.count * group_ <= kFewQueries) {
         few_queries(task, first, rows[turn], rows[turn ^ 1], at, sums);
       } else {
-        many_queries(task, first, rows[turn], rows[turn ^ 1], at, sums);
+        many_queries(task, first, rows[turn], at, sums);
       }
     }
   }
@@ -275,31 +275,44 @@ class Kernel {
     }
   }
 
-  // Keys of the tokens [t, t + count), whole panels.
+  // Rows that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a
+  // few rows at a time between other work, for it can wait for a few dozen lines at once only.
   template <class T>
-  void pack_keys(const Rows<T>& rows, long t, long count, float* to) const {
-    for (long p = 0; p < count; p += kLanes) {
-      transpose_panel(rows.keys + t + p, kv_.key_dim, to + p * kv_.key_dim);
+  class Ahead {
+   public:
+    Ahead(const T* const* rows, long first, long last, long dims)
+        : row_(rows + first), end_(rows + std::max(first, last)), bytes_(dims * sizeof(T)) {}
+
+    PENSTOCK_INLINE void ask(long rows) {
+      for (; rows > 0 && row_ < end_; rows--, row_++) {
+        const char* line = reinterpret_cast<const char*>(*row_);
+        for (long i = 0; i < bytes_; i += kLine) __builtin_prefetch(line + i, 0, 3);
+      }
     }
+
+   private:
+    const T* const* row_;
+    const T* const* end_;
+    long bytes_;
+  };
+
+  template <class T>
+  Ahead<T> keys_ahead(const Rows<T>& rows, long t) const {
+    return {rows.keys, t, std::min(t + kLanes, rows.count), kv_.key_dim};
   }
 
-  // Values of the same; `panel`: from one panel of columns to the next.
+  // Keys of 16 tokens.
+  template <class T>
+  void pack_keys(const Rows<T>& rows, long t, Ahead<T> ahead, float* to) const {
+    transpose_panel(rows.keys + t, kv_.key_dim, to, [&] { ahead.ask(keys_asked_); });
+  }
+
+  // Values of the tokens [t, t + count); `panel`: from one panel of columns to the next.
   template <class T>
   void pack_values(const Rows<T>& rows, long t, long count, float* to, long panel) const {
     for (long i = 0; i < count; i++) {
       for (long c = 0; c < columns_; c += kLanes) {
         widen_some(rows.values[t + i] + c, kv_.value_dim - c, to + c / kLanes * panel + i * kLanes);
-      }
-    }
-  }
-
-  // Pages lie anywhere, so the processor cannot guess what comes next: it is told.
-  template <class T>
-  static void prefetch(const T* const* rows, long first, long last, long dims) {
-    for (long r = first; r < last; r++) {
-      const char* bytes = reinterpret_cast<const char*>(rows[r]);
-      for (long i = 0; i < dims * static_cast<long>(sizeof(T)); i += kLine) {
-        __builtin_prefetch(bytes + i, 0, 3);
       }
     }
   }
@@ -320,59 +333,61 @@ class Kernel {
     }
   }
 
-  // Memory is the limit: a few tokens at a time are packed, and used while they are in the first
-  // level. Each step names what the next one reads.
+  // Memory is the limit: keys of a few tokens at a time are packed, and used while they are in the
+  // first level; values are used where they lie. Each step names what the next one reads.
   template <class T>
   void few_queries(const Task& task, long first, const Rows<T>& rows, const Rows<T>& next,
                    const Buffers<T>& at, const State& sums) const {
     const long count = task.count * group_;
     const long tokens = round_up(rows.count, kLanes);
-    for (long t = 0; t < tokens; t += kStep) {
-      const long step = std::min(kStep, tokens - t);
-      if (t + kStep < tokens) {
-        prefetch(rows.keys, t + kStep, std::min(t + 2 * kStep, rows.count), kv_.key_dim);
-      } else {
-        prefetch(rows.values, 0, std::min(kStep, rows.count), kv_.value_dim);
-      }
-      pack_keys(rows, t, step, at.keys);
+    for (long t = 0; t < tokens; t += kLanes) {
+      const long after = t + kLanes;
+      pack_keys(rows, t,
+                after < tokens ? keys_ahead(rows, after)
+                               : Ahead<T>(rows.values, 0, std::min<long>(kLanes, rows.count),
+                                          kv_.value_dim),
+                at.keys);
       for_row_groups(count, [&](long row, int group) {
-        multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim, at.keys, kLanes * kv_.key_dim,
-                      kv_.key_dim, at.scores + row * kKeyBlock + t, kKeyBlock, step, Into::store);
+        multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim,
+                      static_cast<const float*>(at.keys), 0, kv_.key_dim,
+                      at.scores + row * kKeyBlock + t, kKeyBlock, kLanes, Into::store);
       });
     }
     softmax(task, first, 0, count, tokens / kLanes, at.scores, sums);
-    for (long t = 0; t < tokens; t += kStep) {
-      const long step = std::min(kStep, tokens - t);
-      if (t + kStep < tokens) {
-        prefetch(rows.values, t + kStep, std::min(t + 2 * kStep, rows.count), kv_.value_dim);
+    keys_ahead(next, 0).ask(kLanes);
+    if (kv_.value_dim % kLanes) pack_values(rows, 0, tokens, at.values, kLanes * kKeyBlock);
+    for_row_groups(count, [&](long row, int group) {
+      const float* weights = at.scores + row * kKeyBlock;
+      float* out = sums.out + row * columns_;
+      if (kv_.value_dim % kLanes) {
+        multiply_rows(group, weights, kKeyBlock, static_cast<const float*>(at.values),
+                      kLanes * kKeyBlock, rows.count, out, columns_, columns_, Into::continue_);
       } else {
-        prefetch(next.keys, 0, std::min(kStep, next.count), kv_.key_dim);
+        multiply_rows(group, weights, kKeyBlock, Natural<T>{rows.values, 0}, kLanes, rows.count,
+                      out, columns_, columns_, Into::continue_);
       }
-      pack_values(rows, t, step, at.values, kLanes * kStep);
-      for_row_groups(count, [&](long row, int group) {
-        multiply_rows(group, at.scores + row * kKeyBlock + t, kKeyBlock, at.values, kLanes * kStep,
-                      std::min(step, rows.count - t), sums.out + row * columns_, columns_,
-                      columns_, Into::continue_);
-      });
-    }
+    });
   }
 
   // Arithmetic is the limit: the block is packed once for all rows.
   template <class T>
-  void many_queries(const Task& task, long first, const Rows<T>& rows, const Rows<T>& next,
-                    const Buffers<T>& at, const State& sums) const {
+  void many_queries(const Task& task, long first, const Rows<T>& rows, const Buffers<T>& at,
+                    const State& sums) const {
     const long tokens = round_up(rows.count, kLanes);
-    pack_keys(rows, 0, tokens, at.keys);
+    for (long t = 0; t < tokens; t += kLanes) {
+      pack_keys(rows, t, Ahead<T>(rows.keys, 0, 0, 0), at.keys + t * kv_.key_dim);
+    }
     pack_values(rows, 0, tokens, at.values, kLanes * kKeyBlock);
-    prefetch(next.keys, 0, std::min(kStep, next.count), kv_.key_dim);
     for_row_groups(task.count * group_, [&](long row, int group) {
       const long count = std::min(rows.count, visible(task, first, row + group - 1));
       if (count <= 0) return;
       const long panels = (count + kLanes - 1) / kLanes;
-      multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim, at.keys, kLanes * kv_.key_dim,
+      multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim,
+                      static_cast<const float*>(at.keys), kLanes * kv_.key_dim,
                     kv_.key_dim, at.scores, kKeyBlock, panels * kLanes, Into::store);
       softmax(task, first, row, group, panels, at.scores, sums);
-      multiply_rows(group, at.scores, kKeyBlock, at.values, kLanes * kKeyBlock, count,
+      multiply_rows(group, at.scores, kKeyBlock, static_cast<const float*>(at.values),
+                    kLanes * kKeyBlock, count,
                     sums.out + row * columns_, columns_, columns_, Into::continue_);
     });
   }
@@ -381,6 +396,7 @@ class Kernel {
   const KvLayer& kv_;
   long group_;
   long columns_;
+  long keys_asked_;  // rows of keys asked for with every eighth dim of a panel that is packed
   long task_tokens_;
 };
 

@@ -39,6 +39,7 @@ struct Accumulators {
 // How far ahead weights are asked for, in elements: 2 KB. Reading memory takes as long as a few dozen
 // steps of a product.
 constexpr long kAhead = 1024;
+constexpr long kRowsAhead = 16;  // the same for rows in pages
 
 #define PENSTOCK_ROWS _Pragma("GCC unroll 12") for (int r = 0; r < R; r++)
 #define PENSTOCK_COLUMNS _Pragma("GCC unroll 8") for (int c = 0; c < P * kParts; c++)
@@ -95,10 +96,37 @@ PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, const bf16* b, lon
   }
 }
 
+// B as it lies in pages: row k begins at rows[k] + column. Its panels are 16 elements apart.
+template <class T>
+struct Natural {
+  const T* const* rows;
+  long column;
+
+  Natural operator+(long elements) const { return {rows, column + elements}; }
+};
+
+template <int R, int P, class T>
+PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long, long k,
+                              Accumulators<R, P>& acc) {
+  for (long i = 0; i < k; i++) {
+    const T* ahead = b.rows[i + kRowsAhead < k ? i + kRowsAhead : k - 1] + b.column;
+    for (int p = 0; p < P; p++) __builtin_prefetch(ahead + p * kLanes, 0, 3);
+    _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
+      const Vec column = widen16(b.rows[i] + b.column + p * kLanes);
+      PENSTOCK_ROWS {
+        const Native x = splat(a[r * stride + i]);
+        PENSTOCK_EACH(j) {
+          acc.at[r][p * kParts + j] = fma(x, column.part[j], acc.at[r][p * kParts + j]);
+        }
+      }
+    }
+  }
+}
+
 // R rows of C, the first `columns` elements of each; more than (P - 1) · 16 of them, at most P · 16.
 // Into::continue_ wants all P · 16.
 template <int R, int P, class A, class B>
-void tile(const A* a, long a_stride, const B* b, long panel, long k, float* c_first, long c_stride,
+void tile(const A* a, long a_stride, B b, long panel, long k, float* c_first, long c_stride,
           long columns, Into into) {
   Accumulators<R, P> acc;
   if (into == Into::continue_) {
@@ -125,7 +153,7 @@ void tile(const A* a, long a_stride, const B* b, long panel, long k, float* c_fi
 }
 
 template <int R, class A, class B>
-void row_of_tiles(const A* a, long a_stride, const B* b, long panel, long k, float* c,
+void row_of_tiles(const A* a, long a_stride, B b, long panel, long k, float* c,
                   long c_stride, long columns, Into into) {
   constexpr int P = static_cast<int>(panels_for(R));
   long n = 0;
@@ -139,9 +167,10 @@ void row_of_tiles(const A* a, long a_stride, const B* b, long panel, long k, flo
   }
 }
 
-// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns.
+// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. B is a pointer to panels,
+// or Natural.
 template <class A, class B>
-void multiply_rows(int rows, const A* a, long a_stride, const B* b, long panel, long k, float* c,
+void multiply_rows(int rows, const A* a, long a_stride, B b, long panel, long k, float* c,
                    long c_stride, long columns, Into into) {
   switch (rows) {
 #define PENSTOCK_CASE(R)                                                          \

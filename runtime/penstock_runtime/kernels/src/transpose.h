@@ -50,11 +50,13 @@ PENSTOCK_INLINE void transpose8(const T* const* rows, long dim, float* to) {
 
 #endif
 
-// One panel of 16 tokens.
-template <class T>
-PENSTOCK_INLINE void transpose_panel(const T* const* rows, long dims, float* to) {
+// One panel of 16 tokens. `meanwhile()` is called for every eighth dim.
+template <class T, class Meanwhile>
+PENSTOCK_INLINE void transpose_panel(const T* const* rows, long dims, float* to,
+                                     const Meanwhile& meanwhile) {
   long d = 0;
   for (; d + 8 <= dims; d += 8) {
+    meanwhile();
     transpose8(rows, d, to + d * kLanes);
     transpose8(rows + 8, d, to + d * kLanes + 8);
   }
