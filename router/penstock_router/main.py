@@ -169,6 +169,7 @@ async def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         lifespan="off",
+        ws="none",  # the API has no web sockets
         server_header=False,
         timeout_keep_alive=75,  # above the 60 s after which common load balancers drop a connection
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import signal
 import socket
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import uvicorn
 
@@ -80,6 +80,18 @@ def _adopt(descriptor: int) -> socket.socket:
     return listener
 
 
+class _Cycle(Protocol):
+    """A request and its answer, as uvicorn's HTTP protocols keep it."""
+
+    response_complete: bool
+
+
+class _Connection(Protocol):
+    """What is read of a connection of uvicorn's: its last request, if there was one."""
+
+    cycle: _Cycle | None
+
+
 class CloseWhenDraining:
     """Middleware: answers of a draining router end their connection.
 
@@ -143,6 +155,11 @@ class Server(uvicorn.Server):
         whose request is on its way would see it lost, so those are given the time to arrive first.
         """
         loop = asyncio.get_running_loop()
+        for listener in sockets or []:
+            loop.remove_reader(listener)
+        # What the loop has just accepted becomes a connection in its next pass. A server that is
+        # closed before that drops it without a word.
+        await asyncio.sleep(0)
         waiting = self._accept_rest()
         for server in self.servers:
             server.close()
@@ -177,5 +194,10 @@ class Server(uvicorn.Server):
         )
 
     def _silent(self) -> bool:
-        """Tell whether a connection is open that no request is being answered on."""
-        return len(self.server_state.connections) > len(self.server_state.tasks)
+        """Tell whether a connection is open that no request is being answered on.
+
+        Asked of each: tasks cannot be counted against connections, since one goes on for a moment
+        when its answer is complete and its connection gone.
+        """
+        connections = cast("set[_Connection]", self.server_state.connections)
+        return any(each.cycle is None or each.cycle.response_complete for each in connections)

@@ -23,7 +23,7 @@ from tests.unit.router.real_parts import flags as flags_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from penstock_router.readiness import Readiness
 
@@ -93,13 +93,8 @@ async def test_routers_that_share_a_socket_lose_no_connection(tmp_path: Path) ->
             await early.wait_closed()
 
 
-async def test_a_connection_that_nobody_has_accepted_is_not_reset() -> None:
-    """It is in the kernel's queue when the router stops to listen."""
-
-    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"answered"})
-
+async def serving(app: ASGIApp) -> tuple[Server, socket.socket]:
+    """Return a server that drains as soon as it is shut down, and its listening socket."""
     readiness = cast("Readiness", SimpleNamespace(draining=True))
     listener = listeners("127.0.0.1", 0, None)[0]
     config = uvicorn.Config(CloseWhenDraining(app, readiness), log_config=None, lifespan="off")
@@ -107,12 +102,57 @@ async def test_a_connection_that_nobody_has_accepted_is_not_reset() -> None:
     server = Server(config, readiness, own=listener)
     server.lifespan = config.lifespan_class(config)
     await server.startup([listener])
+    return server, listener
+
+
+async def answer(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"answered"})
+
+
+@pytest.mark.parametrize("passes", range(5))
+async def test_a_connection_that_comes_while_the_router_stops_is_not_reset(passes: int) -> None:
+    """It is in the kernel's queue then, accepted, or about to become a connection."""
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await answer(send)
+
+    server, listener = await serving(app)
     with socket.create_connection(listener.getsockname()) as client:
         client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        await server.shutdown([listener])  # begins before the loop could accept anything
-        answer = b"".join(iter(lambda: client.recv(4096), b""))
-    assert answer.startswith(b"HTTP/1.1 200")
-    assert b"connection: close" in answer.lower()
+        for _ in range(passes):  # of the event loop: each takes a step with the connection
+            await asyncio.sleep(0)
+        await server.shutdown([listener])
+        received = b"".join(iter(lambda: client.recv(4096), b""))
+    assert received.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in received.lower()
+
+
+async def test_a_silent_connection_may_ask_though_another_is_still_ending() -> None:
+    """A request whose answer is complete does not stand for one that is still to come."""
+    may_end = asyncio.Event()
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        await answer(send)
+        if scope["path"] == "/lingers":
+            await may_end.wait()
+
+    server, listener = await serving(app)
+    async with asyncio.timeout(20):
+        reader, silent = await asyncio.open_connection(*listener.getsockname())
+        lingers_reader, lingers = await asyncio.open_connection(*listener.getsockname())
+        lingers.write(b"GET /lingers HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await lingers_reader.read()).startswith(b"HTTP/1.1 200")
+        stopping = asyncio.create_task(server.shutdown([listener]))
+        for _ in range(10):  # enough for it to close what it takes for idle
+            await asyncio.sleep(0)
+        silent.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        may_end.set()
+        await stopping
+    for writer in (silent, lingers):
+        writer.close()
+        await writer.wait_closed()
 
 
 @pytest.mark.parametrize("draining", [True, False])
