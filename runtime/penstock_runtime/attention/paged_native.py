@@ -31,10 +31,15 @@ class NativePlan:
 
 
 class PagedNativeAttention(ProjectedAttention[NativePlan]):
-    """Attention over pages by the kernels. Arithmetic is float32."""
+    """Attention over pages by the kernels.
+
+    Products are of float32; of pairs of bfloat16 where pages are of bfloat16 (the model is then) and
+    the processor has instructions for them. Sums are float32.
+    """
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
+        self._round_inputs = kernels.multiplies_bfloat16
         self._layers: dict[tuple[int, torch.Size, torch.dtype], KvPages] = {}
         """By address and shape: finding out how a layer lies costs more than a look here."""
 
@@ -71,9 +76,7 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         plan.slots.write(kv_layer, k_TKH, v_TKH)
         tokens, heads, _ = q_TNH.shape
         q_TW = q_TNH.float().reshape(tokens, -1)
-        out_TW = self._kernels.attention(
-            q_TW, plan.segments, self._pages(kv_layer), heads=heads, scale=scale
-        )
+        out_TW = self._attend(plan, q_TW, self._pages(kv_layer), heads, scale)
         return out_TW.view(tokens, heads, -1).to(q_TNH.dtype)
 
     def run_projected(
@@ -96,7 +99,19 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
             slots=(slots.pages, slots.offsets),
             kv=kv,
         )
-        return self._kernels.attention(qkv_TW, plan.segments, kv, heads=heads, scale=scale)
+        return self._attend(plan, qkv_TW, kv, heads, scale)
+
+    def _attend(
+        self, plan: NativePlan, q_TW: torch.Tensor, kv: KvPages, heads: int, scale: float
+    ) -> torch.Tensor:
+        return self._kernels.attention(
+            q_TW,
+            plan.segments,
+            kv,
+            heads=heads,
+            scale=scale,
+            round_inputs=self._round_inputs,
+        )
 
     def _pages(self, kv_layer: torch.Tensor) -> KvPages:
         key = (kv_layer.data_ptr(), kv_layer.shape, kv_layer.dtype)

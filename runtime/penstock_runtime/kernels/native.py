@@ -90,6 +90,7 @@ class _Attention(ctypes.Structure):
         ("first_pages", c_void_p),
         ("pages", c_void_p),
         ("scale", c_float),
+        ("pairs", c_int64),
         ("kv", _KvLayer),
     ]
 
@@ -113,7 +114,7 @@ class KvPages:
     of another head dim than keys, and a part of them. The tensors are not kept.
     """
 
-    __slots__ = ("key_dim", "kv_heads", "layer", "page_stride", "value_dim")
+    __slots__ = ("key_dim", "kv_heads", "layer", "page_stride", "pairs", "value_dim")
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raises ValueError if they do not lie in memory as described."""
@@ -121,6 +122,7 @@ class KvPages:
             raise ValueError(f"pages are {keys.dtype} and {values.dtype} on {keys.device}")
         _, self.kv_heads, page_size, self.key_dim = keys.shape
         self.value_dim, self.page_stride = values.shape[3], keys.stride(0)
+        self.pairs = keys.dtype == torch.bfloat16 and self.key_dim % 2 == 0
         for name, x in (("keys", keys), ("values", values)):
             row = x.stride(2)
             if x.stride()[1:] != (page_size * row, row, 1):
@@ -320,7 +322,14 @@ class Kernels:
         )
 
     def attention(
-        self, q_TW: torch.Tensor, segments: Segments, kv: KvPages, *, heads: int, scale: float
+        self,
+        q_TW: torch.Tensor,
+        segments: Segments,
+        kv: KvPages,
+        *,
+        heads: int,
+        scale: float,
+        round_inputs: bool = False,
     ) -> torch.Tensor:
         """Return causal attention over pages, float32 (T, heads · value dim).
 
@@ -330,6 +339,8 @@ class Kernels:
             kv: one layer's pages.
             heads: query heads, a multiple of the KV heads.
             scale: of the scores.
+            round_inputs: round q, and the weights of the values, to bfloat16 and multiply pairs.
+                Only with pages of bfloat16.
         """
         rows, width = q_TW.shape
         stride = _row_stride(q_TW, "q", width)
@@ -343,6 +354,7 @@ class Kernels:
             heads,
             *segments.addresses,
             scale,
+            round_inputs and kv.pairs,
             kv.layer,
         )
         if self._attention(call):

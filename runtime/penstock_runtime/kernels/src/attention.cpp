@@ -1,9 +1,10 @@
 // Causal attention over paged keys and values, for prefill chunks and decode rows alike.
 //
 // A *row* is one query head of one token. Rows that share a KV head, and of a chunk so many tokens
-// that their queries and sums stay in the second cache, are one *task*. A task walks the keys in
-// blocks of kKeyBlock at absolute positions: a block's keys and values are widened into panels, then for
-// a few rows at a time
+// that their queries and sums stay in the second cache, are one *task*. A task of few rows has several
+// KV heads: heads are neighbours in a page, and memory is read twice as fast from one to the next. A
+// task walks the keys in blocks of kKeyBlock at absolute positions: a block's keys and values are
+// packed into panels, then for a few rows at a time
 //
 //   S = Q · Kᵀ        masked where a key lies behind the row's own position
 //   m, l, P           the running maximum, sum and weights (Milakov and Gimelshein, arXiv 1805.02867)
@@ -17,15 +18,16 @@
 // a task contributes exact zeros. So its bits depend neither on the batch, the chunk, the pages or
 // the threads, nor on whether it came as a decode step.
 //
-// Scores are kept as base 2 logarithms: q is multiplied by scale · log2(e) first.
+// Scores are kept as base 2 logarithms: q is multiplied by scale · log2(e) first. What is multiplied,
+// float32 or pairs of bfloat16, is a format (formats.h); sums are float32 in both.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "formats.h"
 #include "kernels.h"
 #include "scratch.h"
 #include "tile.h"
-#include "transpose.h"
 
 #include <omp.h>
 
@@ -42,9 +44,9 @@ constexpr float kLog2E = 0x1.715476p+0f;
 
 long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
-// `count` tokens of a segment from `first` on, for the rows of one KV head.
+// `count` tokens of a segment from `first` on, for the rows of the KV heads [kv_head, kv_head + heads).
 struct Task {
-  long segment, kv_head, first, count;
+  long segment, kv_head, heads, first, count;
 };
 
 // Sums of a task's rows over some of their keys.
@@ -58,6 +60,10 @@ struct State {
   static State at(float* memory, long rows, long columns) {
     // What is read by whole registers comes first, so that it is aligned.
     return {memory + rows * (kLanes + columns), memory + rows * columns, memory};
+  }
+
+  State from(long row, long columns) const {
+    return {maximum + row, sum + row * kLanes, out + row * columns};
   }
 
   void reset(long rows, long columns) const {
@@ -77,11 +83,13 @@ PENSTOCK_INLINE void scale_row(float* row, long columns, float factor) {
   for (long i = 0; i < columns; i += kLanes) store16(row + i, load16(row + i) * by);
 }
 
-// Turns the scores of one row into weights; returns the factor for what was summed before.
-PENSTOCK_INLINE float softmax_row(float* scores, long panels, long visible, float* maximum,
-                                  float* sum) {
+// Turns the scores of one row into weights; returns the factor for what was summed before. `weights`
+// may be where the scores are.
+template <class Format>
+PENSTOCK_INLINE float softmax_row(float* scores, typename Format::Factor* weights, long panels,
+                                  long visible, float* maximum, float* sum) {
   if (visible <= 0) {
-    std::fill_n(scores, panels * kLanes, 0.0f);
+    for (long p = 0; p < panels; p++) Format::weights(weights, p, splat16(0.0f));
     return 1.0f;
   }
   for (long i = visible; i < panels * kLanes; i++) scores[i] = kNone;
@@ -92,9 +100,9 @@ PENSTOCK_INLINE float softmax_row(float* scores, long panels, long visible, floa
   Vec total = load16(sum) * splat16(factor);
   const Vec shift = splat16(now);
   for (long p = 0; p < panels; p++) {
-    const Vec weights = exp2_nonpositive(load16(scores + p * kLanes) - shift);
-    store16(scores + p * kLanes, weights);
-    total = total + weights;
+    const Vec x = exp2_nonpositive(load16(scores + p * kLanes) - shift);
+    Format::weights(weights, p, x);
+    total = total + x;
   }
   store16(sum, total);
   *maximum = now;
@@ -126,23 +134,28 @@ class Kernel {
         kv_(call.kv),
         group_(call.heads / call.kv.kv_heads),
         columns_(round_up(call.kv.value_dim, kLanes)),
-        keys_asked_((kLanes * 8 + call.kv.key_dim - 1) / call.kv.key_dim) {
-    long tokens = 0, longest = 0;
+        asked_((kLanes * 8 + call.kv.key_dim - 1) / call.kv.key_dim) {
+    long tokens = 0, longest = 0, few = 0;
     for (long i = 0; i < call.segments; i++) {
       tokens += call.lengths[i];
       longest = std::max<long>(longest, call.lengths[i]);
+      few += is_few(call.lengths[i]);
     }
+    const long wanted = threads * kTasksPerThread;
     const long cached = kTaskFloats / (group_ * (kv_.key_dim + columns_) / 2);
-    const long shared = tokens * kv_.kv_heads / (threads * kTasksPerThread);
+    const long shared = tokens * kv_.kv_heads / wanted;
     task_tokens_ = std::min(longest, std::max(1L, std::min(cached, shared)));
+    few_heads_ = std::max(1L, std::min(few * kv_.kv_heads / wanted, kv_.kv_heads));
   }
 
   // Tokens whose queries stay in the second level, and leave every thread a few tasks.
   long task_tokens() const { return task_tokens_; }
-  long task_rows() const { return task_tokens() * group_; }
+  // KV heads of a task of so many tokens.
+  long task_heads(long tokens) const { return is_few(tokens) ? few_heads_ : 1; }
+  long task_rows() const { return std::max(task_tokens_ * group_, few_heads_ * kFewQueries); }
   long state_floats() const { return round_up(State::floats(task_rows(), columns_), kLanes); }
   long workspace_floats() const {
-    return 2 * state_floats() + task_rows() * kv_.key_dim + kFewQueries * kKeyBlock +
+    return 2 * state_floats() + task_rows() * kv_.key_dim + 2 * kFewQueries * kKeyBlock +
            kKeyBlock * (kv_.key_dim + columns_) + kv_.key_dim + kv_.value_dim + kLanes;
   }
   long sections(const Task& task) const { return (last_position(task) + kSection) / kSection; }
@@ -151,32 +164,33 @@ class Kernel {
 
   void run_sections(const Task& task, float* work) const {
     const State total = state(work), part = state(work + state_floats());
-    total.reset(task.count * group_, columns_);
+    total.reset(rows(task), columns_);
     for (long section = 0; section < sections(task); section++) {
       run_section(task, section, part, work);
-      merge(total, part, task.count * group_, columns_);
+      merge(total, part, rows(task), columns_);
     }
     finish(task, total);
   }
 
   // Leaves in `sums` what the task's rows see of one section.
   void run_section(const Task& task, long section, const State& sums, float* work) const {
+    if (call_.pairs) return section_of<Paired>(task, section, sums, work);
     switch (kv_.element) {
       case 0:
-        return section_of<float>(task, section, sums, work);
+        return section_of<Widened<float>>(task, section, sums, work);
       case 1:
-        return section_of<bf16>(task, section, sums, work);
+        return section_of<Widened<bf16>>(task, section, sums, work);
       default:
-        return section_of<f16>(task, section, sums, work);
+        return section_of<Widened<f16>>(task, section, sums, work);
     }
   }
 
   void merge_sections(const Task& task, const float* parts, float* work) const {
     const State total = state(work);
-    total.reset(task.count * group_, columns_);
+    total.reset(rows(task), columns_);
     for (long section = 0; section < sections(task); section++) {
-      merge(total, state(const_cast<float*>(parts) + section * state_floats()),
-            task.count * group_, columns_);
+      merge(total, state(const_cast<float*>(parts) + section * state_floats()), rows(task),
+            columns_);
     }
     finish(task, total);
   }
@@ -186,46 +200,30 @@ class Kernel {
     return call_.starts[task.segment] + task.first + task.count - 1;
   }
 
+  bool is_few(long tokens) const { return tokens * group_ <= kFewQueries; }
+
+  // A task's rows: those of its first KV head, of the next one, …; of each a token after the other.
+  long head_rows(const Task& task) const { return task.count * group_; }
+  long rows(const Task& task) const { return task.heads * head_rows(task); }
+
+  // Calls body(row of the task, row of the batch, query head).
+  template <class Body>
+  void for_rows(const Task& task, const Body& body) const {
+    const long base = call_.first_rows[task.segment] + task.first;
+    for (long r = 0; r < rows(task); r++) {
+      const long within = r % head_rows(task), kv_head = task.kv_head + r / head_rows(task);
+      body(r, base + within / group_, kv_head * group_ + within % group_);
+    }
+  }
+
   void finish(const Task& task, const State& total) const {
-    for (long r = 0; r < task.count * group_; r++) {
+    for_rows(task, [&](long r, long row, long head) {
       const float inverse = 1.0f / sum_lanes(load16(total.sum + r * kLanes));
-      const long row = call_.first_rows[task.segment] + task.first + r / group_;
-      const long head = task.kv_head * group_ + r % group_;
       float* to = call_.out + (row * call_.heads + head) * kv_.value_dim;
       const float* from = total.out + r * columns_;
       // Adding 0 makes -0 to +0: which of them a sum of zeros is depends on masked keys.
       for (long i = 0; i < kv_.value_dim; i++) to[i] = from[i] * inverse + 0.0f;
-    }
-  }
-
-  void scale_queries(const Task& task, float* to) const {
-    const float scale = call_.scale * kLog2E;
-    for (long r = 0; r < task.count * group_; r++, to += kv_.key_dim) {
-      const long row = call_.first_rows[task.segment] + task.first + r / group_;
-      const long head = task.kv_head * group_ + r % group_;
-      const float* from = call_.q + row * call_.q_stride + head * kv_.key_dim;
-      for (long i = 0; i < kv_.key_dim; i++) to[i] = from[i] * scale;
-    }
-  }
-
-  template <class T>
-  void section_of(const Task& task, long section, const State& sums, float* work) const {
-    const Buffers<T> at = buffers<T>(work);
-    std::memset(at.zeros, 0, static_cast<size_t>(kv_.key_dim + kv_.value_dim) * sizeof(T));
-    sums.reset(task.count * group_, columns_);
-    scale_queries(task, at.q);
-    const long begin = section * kSection;
-    const long end = std::min(begin + kSection, last_position(task) + 1);
-    Rows<T> rows[2];
-    locate(task, begin, end, at.zeros, rows[0]);
-    for (long first = begin, turn = 0; first < end; first += kKeyBlock, turn ^= 1) {
-      locate(task, first + kKeyBlock, end, at.zeros, rows[turn ^ 1]);
-      if (task.count * group_ <= kFewQueries) {
-        few_queries(task, first, rows[turn], rows[turn ^ 1], at, sums);
-      } else {
-        many_queries(task, first, rows[turn], at, sums);
-      }
-    }
+    });
   }
 
   // Where the keys and values of one block lie, in whole panels: zeros behind the last.
@@ -236,84 +234,100 @@ class Kernel {
     const T* values[kKeyBlock];
   };
 
-  template <class T>
+  template <class Format>
   struct Buffers {
-    float* q;       // (rows of the task, key_dim)
-    float* scores;  // (kFewQueries, kKeyBlock)
-    float* keys;    // panels (key_dim, 16)
-    float* values;  // panels (tokens, 16)
-    T* zeros;
+    typename Format::Factor* q;        // (rows of the task, key_dim)
+    float* scores;                     // (kFewQueries, kKeyBlock)
+    typename Format::Factor* weights;  // the same
+    typename Format::Panel* keys;      // panels (key_dim, 16)
+    typename Format::Panel* values;    // panels (tokens, 16)
+    typename Format::Element* zeros;
   };
 
-  template <class T>
-  Buffers<T> buffers(float* work) const {
+  // Factors of one row, from its first on.
+  template <class Format>
+  static constexpr long factors(long elements) {
+    return elements / Format::kPerFactor;
+  }
+
+  template <class Format>
+  Buffers<Format> buffers(float* work) const {
+    using Factor = typename Format::Factor;
+    using Panel = typename Format::Panel;
     float* q = work + 2 * state_floats();
     float* scores = q + task_rows() * kv_.key_dim;
-    float* keys = scores + kFewQueries * kKeyBlock;
+    float* weights = scores + kFewQueries * kKeyBlock;
+    float* keys = weights + kFewQueries * kKeyBlock;
     float* values = keys + kKeyBlock * kv_.key_dim;
-    return {q, scores, keys, values, reinterpret_cast<T*>(values + kKeyBlock * columns_)};
+    float* zeros = values + kKeyBlock * columns_;
+    return {reinterpret_cast<Factor*>(q),
+            scores,
+            // Weights of the width of scores take their place: they stay in the first level.
+            reinterpret_cast<Factor*>(Format::kPerFactor == 1 ? scores : weights),
+            reinterpret_cast<Panel*>(keys),
+            reinterpret_cast<Panel*>(values),
+            reinterpret_cast<typename Format::Element*>(zeros)};
+  }
+
+  template <class Format>
+  void scale_queries(const Task& task, typename Format::Factor* to) const {
+    const float scale = call_.scale * kLog2E;
+    for_rows(task, [&](long r, long row, long head) {
+      Format::query(call_.q + row * call_.q_stride + head * kv_.key_dim, scale, kv_.key_dim,
+                    to + r * factors<Format>(kv_.key_dim));
+    });
+  }
+
+  template <class Format>
+  void section_of(const Task& task, long section, const State& sums, float* work) const {
+    using T = typename Format::Element;
+    const Buffers<Format> at = buffers<Format>(work);
+    std::memset(at.zeros, 0, static_cast<size_t>(kv_.key_dim + kv_.value_dim) * sizeof(T));
+    sums.reset(rows(task), columns_);
+    scale_queries<Format>(task, at.q);
+    const long begin = section * kSection;
+    const long end = std::min(begin + kSection, last_position(task) + 1);
+    const bool few = is_few(task.count);
+    Rows<T> rows[2];
+    long turn = 0;
+    locate(task, task.kv_head, begin, end, at.zeros, rows[0]);
+    for (long first = begin; first < end; first += kKeyBlock) {
+      for (long head = 0; head < task.heads; head++, turn ^= 1) {
+        // What comes next is known one turn ahead, so that it can be asked for.
+        const bool last = head + 1 == task.heads;
+        locate(task, task.kv_head + (last ? 0 : head + 1), last ? first + kKeyBlock : first, end,
+               at.zeros, rows[turn ^ 1]);
+        const long row = head * head_rows(task);
+        const auto* q = at.q + row * factors<Format>(kv_.key_dim);
+        const State own = sums.from(row, columns_);
+        if (few) {
+          few_queries<Format>(task, first, rows[turn], rows[turn ^ 1], at, q, own);
+        } else {
+          many_queries<Format>(task, first, rows[turn], at, q, own);
+        }
+      }
+    }
   }
 
   template <class T>
-  void locate(const Task& task, long first, long end, const T* zeros, Rows<T>& rows) const {
+  void locate(const Task& task, long kv_head, long first, long end, const T* zeros,
+              Rows<T>& rows) const {
     rows.count = std::max(0L, std::min(kKeyBlock, end - first));
     const int64_t* page = call_.pages + call_.first_pages[task.segment] + first / kv_.page_size;
-    long token = first % kv_.page_size;
-    for (long t = 0; t < rows.count; t++) {
-      const long slot = task.kv_head * kv_.page_size + token;
-      rows.keys[t] =
+    for (long t = 0, token = first % kv_.page_size; t < rows.count; token = 0, page++) {
+      const long slot = kv_head * kv_.page_size + token;
+      const T* key =
           static_cast<const T*>(kv_.keys) + *page * kv_.key_page_stride + slot * kv_.key_stride;
-      rows.values[t] = static_cast<const T*>(kv_.values) + *page * kv_.value_page_stride +
+      const T* value = static_cast<const T*>(kv_.values) + *page * kv_.value_page_stride +
                        slot * kv_.value_stride;
-      if (++token == kv_.page_size) {
-        token = 0;
-        page++;
+      const long behind = std::min(rows.count, t + kv_.page_size - token);
+      for (; t < behind; t++, key += kv_.key_stride, value += kv_.value_stride) {
+        rows.keys[t] = key;
+        rows.values[t] = value;
       }
     }
     for (long t = rows.count; t < round_up(rows.count, kLanes); t++) {
       rows.keys[t] = rows.values[t] = zeros;
-    }
-  }
-
-  // Rows that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a
-  // few rows at a time between other work, for it can wait for a few dozen lines at once only.
-  template <class T>
-  class Ahead {
-   public:
-    Ahead(const T* const* rows, long first, long last, long dims)
-        : row_(rows + first), end_(rows + std::max(first, last)), bytes_(dims * sizeof(T)) {}
-
-    PENSTOCK_INLINE void ask(long rows) {
-      for (; rows > 0 && row_ < end_; rows--, row_++) {
-        const char* line = reinterpret_cast<const char*>(*row_);
-        for (long i = 0; i < bytes_; i += kLine) __builtin_prefetch(line + i, 0, 3);
-      }
-    }
-
-   private:
-    const T* const* row_;
-    const T* const* end_;
-    long bytes_;
-  };
-
-  template <class T>
-  Ahead<T> keys_ahead(const Rows<T>& rows, long t) const {
-    return {rows.keys, t, std::min(t + kLanes, rows.count), kv_.key_dim};
-  }
-
-  // Keys of 16 tokens.
-  template <class T>
-  void pack_keys(const Rows<T>& rows, long t, Ahead<T> ahead, float* to) const {
-    transpose_panel(rows.keys + t, kv_.key_dim, to, [&] { ahead.ask(keys_asked_); });
-  }
-
-  // Values of the tokens [t, t + count); `panel`: from one panel of columns to the next.
-  template <class T>
-  void pack_values(const Rows<T>& rows, long t, long count, float* to, long panel) const {
-    for (long i = 0; i < count; i++) {
-      for (long c = 0; c < columns_; c += kLanes) {
-        widen_some(rows.values[t + i] + c, kv_.value_dim - c, to + c / kLanes * panel + i * kLanes);
-      }
     }
   }
 
@@ -323,72 +337,95 @@ class Kernel {
   }
 
   // Scores of rows [row, row + count) become weights, and what was summed before is scaled.
-  void softmax(const Task& task, long first, long row, long count, long panels, float* scores,
-               const State& sums) const {
-    for (long r = row; r < row + count; r++) {
-      const long seen = std::min(panels * kLanes, visible(task, first, r));
-      const float factor = softmax_row(scores + (r - row) * kKeyBlock, panels, seen,
-                                       sums.maximum + r, sums.sum + r * kLanes);
+  template <class Format>
+  void softmax(const Task& task, long first, long row, long count, long panels,
+               const Buffers<Format>& at, const State& sums) const {
+    for (long i = 0; i < count; i++) {
+      const long r = row + i, seen = std::min(panels * kLanes, visible(task, first, r));
+      const float factor = softmax_row<Format>(
+          at.scores + i * kKeyBlock, at.weights + i * factors<Format>(kKeyBlock), panels, seen,
+          sums.maximum + r, sums.sum + r * kLanes);
       if (factor != 1.0f) scale_row(sums.out + r * columns_, columns_, factor);
     }
   }
 
+  // `group` rows of scores over whole panels of packed keys.
+  template <class Format>
+  void score(int group, const typename Format::Factor* q, const typename Format::Panel* keys,
+             long tokens, float* scores) const {
+    multiply_rows(group, q, factors<Format>(kv_.key_dim), keys, kLanes * kv_.key_dim, kv_.key_dim,
+                  scores, kKeyBlock, tokens, Into::store);
+  }
+
+  // Adds `count` values, weighted, to the sums of `group` rows.
+  template <class Format, class Values>
+  void add_values(int group, const typename Format::Factor* weights, Values values, long panel,
+                  long count, float* out) const {
+    multiply_rows(group, weights, factors<Format>(kKeyBlock), values, panel,
+                  round_up(count, Format::kPerFactor), out, columns_, columns_, Into::continue_);
+  }
+
   // Memory is the limit: keys of a few tokens at a time are packed, and used while they are in the
   // first level; values are used where they lie. Each step names what the next one reads.
-  template <class T>
-  void few_queries(const Task& task, long first, const Rows<T>& rows, const Rows<T>& next,
-                   const Buffers<T>& at, const State& sums) const {
-    const long count = task.count * group_;
+  template <class Format>
+  void few_queries(const Task& task, long first, const Rows<typename Format::Element>& rows,
+                   const Rows<typename Format::Element>& next, const Buffers<Format>& at,
+                   const typename Format::Factor* q, const State& sums) const {
+    using T = typename Format::Element;
+    const long count = head_rows(task);
     const long tokens = round_up(rows.count, kLanes);
-    for (long t = 0; t < tokens; t += kLanes) {
-      const long after = t + kLanes;
-      pack_keys(rows, t,
-                after < tokens ? keys_ahead(rows, after)
-                               : Ahead<T>(rows.values, 0, std::min<long>(kLanes, rows.count),
-                                          kv_.value_dim),
-                at.keys);
+    const long together = panels_for(std::min<long>(count, kMaxRows)) * kLanes;
+    Ahead<T> keys(next.keys, 0, next.count, kv_.key_dim);
+    Ahead<T> values(next.values, 0, next.count, kv_.value_dim);
+    for (long t = 0; t < tokens; t += together) {
+      const long some = std::min(together, tokens - t);
+      for (long i = 0; i < some; i += kLanes) {
+        Format::keys(rows.keys + t + i, kv_.key_dim, at.keys + i * kv_.key_dim, [&] {
+          keys.ask(asked_);
+          values.ask(asked_);
+        });
+      }
       for_row_groups(count, [&](long row, int group) {
-        multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim,
-                      static_cast<const float*>(at.keys), 0, kv_.key_dim,
-                      at.scores + row * kKeyBlock + t, kKeyBlock, kLanes, Into::store);
+        score<Format>(group, q + row * factors<Format>(kv_.key_dim), at.keys, some,
+                      at.scores + row * kKeyBlock + t);
       });
     }
-    softmax(task, first, 0, count, tokens / kLanes, at.scores, sums);
-    keys_ahead(next, 0).ask(kLanes);
-    if (kv_.value_dim % kLanes) pack_values(rows, 0, tokens, at.values, kLanes * kKeyBlock);
+    softmax<Format>(task, first, 0, count, tokens / kLanes, at, sums);
+    if (kv_.value_dim % kLanes) {
+      Format::values(rows.values, tokens, kv_.value_dim, at.values, kLanes * kKeyBlock);
+    }
     for_row_groups(count, [&](long row, int group) {
-      const float* weights = at.scores + row * kKeyBlock;
+      const auto* weights = at.weights + row * factors<Format>(kKeyBlock);
       float* out = sums.out + row * columns_;
       if (kv_.value_dim % kLanes) {
-        multiply_rows(group, weights, kKeyBlock, static_cast<const float*>(at.values),
-                      kLanes * kKeyBlock, rows.count, out, columns_, columns_, Into::continue_);
+        add_values<Format>(group, weights, static_cast<const typename Format::Panel*>(at.values),
+                           kLanes * kKeyBlock, rows.count, out);
       } else {
-        multiply_rows(group, weights, kKeyBlock, Natural<T>{rows.values, 0}, kLanes, rows.count,
-                      out, columns_, columns_, Into::continue_);
+        add_values<Format>(group, weights, Natural<T>{rows.values, 0, &values}, kLanes,
+                           rows.count, out);
       }
     });
   }
 
   // Arithmetic is the limit: the block is packed once for all rows.
-  template <class T>
-  void many_queries(const Task& task, long first, const Rows<T>& rows, const Buffers<T>& at,
+  template <class Format>
+  void many_queries(const Task& task, long first, const Rows<typename Format::Element>& rows,
+                    const Buffers<Format>& at, const typename Format::Factor* q,
                     const State& sums) const {
     const long tokens = round_up(rows.count, kLanes);
     for (long t = 0; t < tokens; t += kLanes) {
-      pack_keys(rows, t, Ahead<T>(rows.keys, 0, 0, 0), at.keys + t * kv_.key_dim);
+      Format::keys(rows.keys + t, kv_.key_dim, at.keys + t * kv_.key_dim, [] {});
     }
-    pack_values(rows, 0, tokens, at.values, kLanes * kKeyBlock);
-    for_row_groups(task.count * group_, [&](long row, int group) {
+    Format::values(rows.values, tokens, kv_.value_dim, at.values, kLanes * kKeyBlock);
+    for_row_groups(head_rows(task), [&](long row, int group) {
       const long count = std::min(rows.count, visible(task, first, row + group - 1));
       if (count <= 0) return;
       const long panels = (count + kLanes - 1) / kLanes;
-      multiply_rows(group, at.q + row * kv_.key_dim, kv_.key_dim,
-                      static_cast<const float*>(at.keys), kLanes * kv_.key_dim,
-                    kv_.key_dim, at.scores, kKeyBlock, panels * kLanes, Into::store);
-      softmax(task, first, row, group, panels, at.scores, sums);
-      multiply_rows(group, at.scores, kKeyBlock, static_cast<const float*>(at.values),
-                    kLanes * kKeyBlock, count,
-                    sums.out + row * columns_, columns_, columns_, Into::continue_);
+      score<Format>(group, q + row * factors<Format>(kv_.key_dim), at.keys, panels * kLanes,
+                    at.scores);
+      softmax<Format>(task, first, row, group, panels, at, sums);
+      add_values<Format>(group, at.weights, static_cast<const typename Format::Panel*>(at.values),
+                         kLanes * kKeyBlock, count, sums.out + row * columns_);
     });
   }
 
@@ -396,8 +433,8 @@ class Kernel {
   const KvLayer& kv_;
   long group_;
   long columns_;
-  long keys_asked_;  // rows of keys asked for with every eighth dim of a panel that is packed
-  long task_tokens_;
+  long asked_;  // rows asked for with every eighth dim of a panel that is packed
+  long task_tokens_, few_heads_;
 };
 
 // The tasks of a call. Of a segment, those with the most keys come first, so that none of them is
@@ -407,9 +444,10 @@ long list_tasks(const Attention& call, const Kernel& kernel, Task* tasks) {
   for (long segment = 0; segment < call.segments; segment++) {
     const long length = call.lengths[segment], step = kernel.task_tokens();
     for (long first = (length - 1) / step * step; first >= 0; first -= step) {
-      for (long head = 0; head < call.kv.kv_heads; head++, count++) {
+      const long tokens = std::min(step, length - first), heads = kernel.task_heads(tokens);
+      for (long head = 0; head < call.kv.kv_heads; head += heads, count++) {
         if (tasks != nullptr) {
-          tasks[count] = {segment, head, first, std::min(step, length - first)};
+          tasks[count] = {segment, head, std::min(heads, call.kv.kv_heads - head), first, tokens};
         }
       }
     }

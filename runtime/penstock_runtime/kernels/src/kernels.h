@@ -90,6 +90,8 @@ struct Attention {
   const int64_t* first_pages;    // (segments,): where its pages begin in `pages`
   const int64_t* pages;          // all segments' pages
   float scale;
+  int64_t pairs;  // 1: q and weights rounded to bfloat16, products of pairs; wants bfloat16 pages and
+                  // an even key_dim
   KvLayer kv;
 };
 

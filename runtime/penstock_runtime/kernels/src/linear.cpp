@@ -1,9 +1,13 @@
 // Linear layers over packed weights.
 //
-// k is cut into blocks of kBlock at fixed places. An element of y is the sum of its blocks in order,
-// each block one chain of fused multiply-adds (tile.h): the same for one row and for a thousand, and
-// whoever computes which part. Blocks also keep what is multiplied in the caches: kBlock rows of one
-// panel in the first level, a block of x in the second.
+// Products of float32: k is cut into blocks of kBlock at fixed places. An element of y is the sum of
+// its blocks in order, each block one chain of fused multiply-adds (tile.h): the same for one row and
+// for a thousand, and whoever computes which part. Blocks also keep what is multiplied in the caches:
+// kBlock rows of one panel in the first level, a block of x in the second.
+//
+// Products of pairs: an element of y is one chain over all k. x is rounded first, the rows of a tile
+// interleaved, so that a tile reads it from start to end. Panels come once from memory into the second
+// level, where all rows pass them; the rows of a tile stay in the first.
 #include <algorithm>
 
 #include "kernels.h"
@@ -18,6 +22,7 @@ namespace {
 constexpr long kBlock = 256;
 constexpr long kRowBlock = 144;     // rows · kBlock floats: 147 KB of the second level
 constexpr long kColumnBlock = 256;  // columns that share a copy of the rows
+constexpr long kPanelBytes = 256 << 10;  // of panels that stay in the second level
 constexpr long kFewRows = 3 * kMaxRows;  // measured: widening a panel once pays off behind that
 
 // Widens `count` rows of one panel, an even number.
@@ -49,20 +54,53 @@ struct Workspace {
   static constexpr size_t kFloats = kRowBlock * kBlock + kBlock * kLanes;
 };
 
+// Rows [first, first + size) of x, in words of two bfloat16: those of one tile interleaved.
+struct RowGroups {
+  const float* x;
+  long x_stride, rows, inputs;
+  uint32_t* words;
+
+  long count() const { return (rows + kMaxRows - 1) / kMaxRows; }
+  long first(long group) const { return rows * group / count(); }
+  int size(long group) const { return static_cast<int>(first(group + 1) - first(group)); }
+  uint32_t* at(long group) const { return words + first(group) * (inputs / 2); }
+
+  void round(long group) const {
+    const int size = this->size(group);
+    uint32_t* to = at(group);
+    for (int r = 0; r < size; r++) {
+      const float* from = x + (first(group) + r) * x_stride;
+      for (long k = 0; k < inputs; k += kLanes) {
+        uint32_t pairs[kLanes / 2];
+        narrow16(load_some(from + k, inputs - k), reinterpret_cast<bf16*>(pairs));
+        const long count = std::min<long>(kLanes, inputs - k) / 2;
+        for (long i = 0; i < count; i++) to[(k / 2 + i) * size + r] = pairs[i];
+      }
+    }
+  }
+};
+
 class Product {
  public:
-  Product(const Linear& call, const uint32_t* words) : call_(call), words_(words) {}
+  explicit Product(const Linear& call) : call_(call) {}
 
   void run(Range rows, Range columns, const Workspace& work) const {
     start(rows, columns);
-    switch (call_.kind) {
-      case kFloat32:
-        return run<float>(rows, columns, work);
-      case kBfloat16:
-        return run<bf16>(rows, columns, work);
-      default:
-        return few_rows(words_, call_.inputs / 2, 2, static_cast<const bf16*>(call_.weight), rows,
-                        columns);
+    if (call_.kind == kFloat32) {
+      run<float>(rows, columns, work);
+    } else {
+      run<bf16>(rows, columns, work);
+    }
+  }
+
+  void run_pairs(const RowGroups& x, Range columns) const {
+    start({0, call_.rows}, columns);
+    const long panel = call_.inputs * kLanes;
+    const bf16* weight = static_cast<const bf16*>(call_.weight) + columns.first / kLanes * panel;
+    for (long g = 0; g < x.count(); g++) {
+      multiply_rows(x.size(g), Interleaved{x.at(g)}, 0, weight, panel, call_.inputs,
+                    call_.y + x.first(g) * call_.outputs + columns.first, call_.outputs,
+                    columns.size(), into(0));
     }
   }
 
@@ -71,7 +109,7 @@ class Product {
   void run(Range rows, Range columns, const Workspace& work) const {
     const B* weight = static_cast<const B*>(call_.weight);
     if (rows.size() <= kFewRows) {
-      few_rows(call_.x, call_.x_stride, 1, weight, rows, columns);
+      few_rows(weight, rows, columns);
     } else {
       many_rows(weight, rows, columns, work);
     }
@@ -93,10 +131,9 @@ class Product {
   }
 
   // Memory is the limit: panels are read once, from start to end, as many at a time as a tile has,
-  // and used while they are in the first level. `per_word`: k in one element of x.
-  template <class A, class B>
-  void few_rows(const A* x, long x_stride, long per_word, const B* weight, Range rows,
-                Range columns) const {
+  // and used while they are in the first level.
+  template <class B>
+  void few_rows(const B* weight, Range rows, Range columns) const {
     const long panel = call_.inputs * kLanes;
     const long groups = (rows.size() + kMaxRows - 1) / kMaxRows;
     const long together = panels_for((rows.size() + groups - 1) / groups) * kLanes;
@@ -105,7 +142,7 @@ class Product {
       for (long k = 0; k < call_.inputs; k += kBlock) {
         for_row_groups(rows.size(), [&](long first, int group) {
           const long m = rows.first + first;
-          multiply_rows(group, x + m * x_stride + k / per_word, x_stride,
+          multiply_rows(group, call_.x + m * call_.x_stride + k, call_.x_stride,
                         weight + n / kLanes * panel + k * kLanes, panel,
                         std::min(kBlock, call_.inputs - k), call_.y + m * call_.outputs + n,
                         call_.outputs, count, into(k));
@@ -144,13 +181,51 @@ class Product {
   }
 
   const Linear& call_;
-  const uint32_t* words_;
 };
 
-// x rounded to bfloat16, two in a word.
-void round_row(const float* x, long inputs, uint32_t* words) {
-  bf16* to = reinterpret_cast<bf16*>(words);
-  for (long k = 0; k < inputs; k++) narrow(x[k], to + k);
+int linear(const Linear& call) {
+  const long threads = omp_get_max_threads();
+  const long row_parts = (call.rows + kRowBlock - 1) / kRowBlock;
+  const long panels = (call.outputs + kLanes - 1) / kLanes;
+  const long wanted = std::max((call.outputs + kColumnBlock - 1) / kColumnBlock,
+                               (threads * kTasksPerThread + row_parts - 1) / row_parts);
+  const long column_parts = std::min(panels, wanted);
+  static thread_local Scratch scratch;
+  float* workspaces = scratch.take<float>(Workspace::kFloats * threads);
+  if (workspaces == nullptr) return 1;
+  const Product product(call);
+#pragma omp parallel for schedule(dynamic, 1)
+  for (long task = 0; task < row_parts * column_parts; task++) {
+    float* mine = workspaces + Workspace::kFloats * omp_get_thread_num();
+    product.run(part(call.rows, 1, row_parts, task % row_parts),
+                part(call.outputs, kLanes, column_parts, task / row_parts),
+                {mine, mine + kRowBlock * kBlock});
+  }
+  return 0;
+}
+
+int linear_of_pairs(const Linear& call) {
+  static thread_local Scratch rounded;
+  uint32_t* words = rounded.take<uint32_t>(static_cast<size_t>(call.rows) * call.inputs / 2);
+  if (words == nullptr) return 1;
+  const RowGroups x{call.x, call.x_stride, call.rows, call.inputs, words};
+  const Product product(call);
+  const long unit = panels_for(x.size(0)) * kLanes;
+  const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
+  const long together = std::max(unit, cached / unit * unit);
+  const long wanted = std::max((call.outputs + together - 1) / together,
+                               omp_get_max_threads() * kTasksPerThread);
+  const long parts = std::min((call.outputs + unit - 1) / unit, wanted);
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (long g = 0; g < x.count(); g++) x.round(g);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (long task = 0; task < parts; task++) {
+      product.run_pairs(x, part(call.outputs, unit, parts, task));
+    }
+  }
+  return 0;
 }
 
 }  // namespace
@@ -195,36 +270,5 @@ void penstock_pack_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs,
 
 int penstock_linear(const Linear* call) {
   if (call->rows == 0) return 0;
-  const long threads = omp_get_max_threads();
-  const bool pairs = call->kind == kBfloat16Pairs;
-  const long row_parts = (call->rows + kRowBlock - 1) / kRowBlock;
-  const long panels = (call->outputs + kLanes - 1) / kLanes;
-  const long wanted = std::max((call->outputs + kColumnBlock - 1) / kColumnBlock,
-                               (threads * kTasksPerThread + row_parts - 1) / row_parts);
-  const long column_parts = std::min(panels, wanted);
-  const size_t words = pairs ? static_cast<size_t>(call->rows) * call->inputs / 2 : 0;
-
-  static thread_local Scratch scratch, rounded;
-  float* workspaces = scratch.take<float>(Workspace::kFloats * threads);
-  uint32_t* rounded_x = rounded.take<uint32_t>(words);
-  if (workspaces == nullptr || (pairs && rounded_x == nullptr)) return 1;
-
-#pragma omp parallel
-  {
-    float* mine = workspaces + Workspace::kFloats * omp_get_thread_num();
-    const Workspace work{mine, mine + kRowBlock * kBlock};
-    if (pairs) {
-#pragma omp for schedule(static)
-      for (long m = 0; m < call->rows; m++) {
-        round_row(call->x + m * call->x_stride, call->inputs, rounded_x + m * (call->inputs / 2));
-      }
-    }
-    const Product product(*call, rounded_x);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (long task = 0; task < row_parts * column_parts; task++) {
-      product.run(part(call->rows, 1, row_parts, task % row_parts),
-                  part(call->outputs, kLanes, column_parts, task / row_parts), work);
-    }
-  }
-  return 0;
+  return call->kind == kBfloat16Pairs ? linear_of_pairs(*call) : linear(*call);
 }

@@ -3,13 +3,15 @@
 // B lies in panels of 16 columns:
 //   float     [panel][k][16]
 //   bf16      [panel][k / 2][16][2]     two consecutive k of one column are one 32-bit word
-// A's rows are float, or words of two bfloat16 where the product of pairs is used.
+// A's rows are float, or words of two bfloat16 where the product of pairs is used; those of one tile
+// may be interleaved.
 //
 // Every element of C is one chain of fused multiply-adds over k in rising order, whatever the number
 // of rows and panels beside it: so a row's bits do not depend on the batch. A caller that splits k
 // does so at fixed places.
 #pragma once
 
+#include "scratch.h"
 #include "vector.h"
 
 namespace penstock {
@@ -22,13 +24,13 @@ enum class Into {
 
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 12;
-constexpr long panels_for(long rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+constexpr int panels_for(long rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 #elif defined(__AVX2__)
 constexpr int kMaxRows = 6;
-constexpr long panels_for(long rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int panels_for(long rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #else
 constexpr int kMaxRows = 6;
-constexpr long panels_for(long rows) { return rows <= 2 ? 2 : 1; }
+constexpr int panels_for(long rows) { return rows <= 2 ? 2 : 1; }
 #endif
 
 template <int R, int P>
@@ -39,7 +41,6 @@ struct Accumulators {
 // How far ahead weights are asked for, in elements: 2 KB. Reading memory takes as long as a few dozen
 // steps of a product.
 constexpr long kAhead = 1024;
-constexpr long kRowsAhead = 16;  // the same for rows in pages
 
 #define PENSTOCK_ROWS _Pragma("GCC unroll 12") for (int r = 0; r < R; r++)
 #define PENSTOCK_COLUMNS _Pragma("GCC unroll 8") for (int c = 0; c < P * kParts; c++)
@@ -81,36 +82,88 @@ PENSTOCK_INLINE void multiply(const float* a, long stride, const bf16* b, long p
   }
 }
 
+template <int R, int P, class X>
+PENSTOCK_INLINE void add_pairs(const X& x, const Bits (&words)[P * kParts],
+                               Accumulators<R, P>& acc) {
+  PENSTOCK_ROWS {
+    const Bits pair = splat_bits(x(r));
+    PENSTOCK_COLUMNS acc.at[r][c] = dot_pairs(acc.at[r][c], pair, words[c]);
+  }
+}
+
+template <int R, int P, class X>
+PENSTOCK_INLINE void multiply_pairs(const X& x, const bf16* b, long panel, long k,
+                                    Accumulators<R, P>& acc) {
+  for (long i = 0; i < k / 2; i++) {
+    Bits words[P * kParts];
+    _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
+      __builtin_prefetch(b + p * panel + i * 2 * kLanes + kAhead, 0, 3);
+    }
+    PENSTOCK_COLUMNS words[c] =
+        load_bits(b + c / kParts * panel + i * 2 * kLanes + c % kParts * 2 * kWidth);
+    add_pairs<R, P>([&](int r) { return x(r, i); }, words, acc);
+  }
+}
+
 // a: words of two bfloat16; stride in words.
 template <int R, int P>
 PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, const bf16* b, long panel, long k,
                               Accumulators<R, P>& acc) {
-  for (long i = 0; i < k / 2; i++) {
-    Bits words[P * kParts];
-    PENSTOCK_COLUMNS words[c] =
-        load_bits(b + c / kParts * panel + i * 2 * kLanes + c % kParts * 2 * kWidth);
-    PENSTOCK_ROWS {
-      const Bits x = splat_bits(a[r * stride + i]);
-      PENSTOCK_COLUMNS acc.at[r][c] = dot_pairs(acc.at[r][c], x, words[c]);
+  multiply_pairs<R, P>([&](int r, long i) { return a[r * stride + i]; }, b, panel, k, acc);
+}
+
+// Words of two bfloat16 of all rows of a tile, side by side.
+struct Interleaved {
+  const uint32_t* words;
+};
+
+template <int R, int P>
+PENSTOCK_INLINE void multiply(Interleaved a, long, const bf16* b, long panel, long k,
+                              Accumulators<R, P>& acc) {
+  const auto word = [&](int r, long i) {
+    if (r == 0) __builtin_prefetch(a.words + i * R + kAhead / 2, 0, 3);
+    return a.words[i * R + r];
+  };
+  multiply_pairs<R, P>(word, b, panel, k, acc);
+}
+
+// Rows that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a
+// few rows at a time between other work, for it can wait for a few dozen lines at once only. They come
+// into the second level: the first has not enough room for them, and takes them in more slowly.
+template <class T>
+class Ahead {
+ public:
+  Ahead(const T* const* rows, long first, long last, long dims)
+      : row_(rows + first), end_(rows + (first < last ? last : first)), bytes_(dims * sizeof(T)) {}
+
+  PENSTOCK_INLINE void ask(long rows) {
+    for (; rows > 0 && row_ < end_; rows--, row_++) {
+      const char* line = reinterpret_cast<const char*>(*row_);
+      for (long i = 0; i < bytes_; i += kLine) __builtin_prefetch(line + i, 0, 2);
     }
   }
-}
+
+ private:
+  const T* const* row_;
+  const T* const* end_;
+  long bytes_;
+};
 
 // B as it lies in pages: row k begins at rows[k] + column. Its panels are 16 elements apart.
 template <class T>
 struct Natural {
   const T* const* rows;
   long column;
+  Ahead<T>* ahead;  // asked for on the way
 
-  Natural operator+(long elements) const { return {rows, column + elements}; }
+  Natural operator+(long elements) const { return {rows, column + elements, ahead}; }
 };
 
 template <int R, int P, class T>
 PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long, long k,
                               Accumulators<R, P>& acc) {
   for (long i = 0; i < k; i++) {
-    const T* ahead = b.rows[i + kRowsAhead < k ? i + kRowsAhead : k - 1] + b.column;
-    for (int p = 0; p < P; p++) __builtin_prefetch(ahead + p * kLanes, 0, 3);
+    b.ahead->ask(1);
     _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
       const Vec column = widen16(b.rows[i] + b.column + p * kLanes);
       PENSTOCK_ROWS {
@@ -123,16 +176,33 @@ PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long, l
   }
 }
 
+template <int R, int P>
+PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Natural<bf16> b, long, long k,
+                              Accumulators<R, P>& acc) {
+  for (long i = 0; i < k / 2; i++) {
+    b.ahead->ask(2);
+    Bits words[P * kParts];
+    pair_rows<P>(b.rows[2 * i] + b.column, b.rows[2 * i + 1] + b.column, words);
+    add_pairs<R, P>([&](int r) { return a[r * stride + i]; }, words, acc);
+  }
+}
+
 // R rows of C, the first `columns` elements of each; more than (P - 1) · 16 of them, at most P · 16.
 // Into::continue_ wants all P · 16.
 template <int R, int P, class A, class B>
-void tile(const A* a, long a_stride, B b, long panel, long k, float* c_first, long c_stride,
+void tile(A a, long a_stride, B b, long panel, long k, float* c_first, long c_stride,
           long columns, Into into) {
   Accumulators<R, P> acc;
   if (into == Into::continue_) {
     PENSTOCK_ROWS PENSTOCK_COLUMNS acc.at[r][c] = load(c_first + r * c_stride + c * kWidth);
   } else {
     PENSTOCK_ROWS PENSTOCK_COLUMNS acc.at[r][c] = Native{};
+  }
+  if (into != Into::continue_) {
+    // Where C goes is asked for meanwhile.
+    PENSTOCK_ROWS for (int p = 0; p < P; p++) {
+      __builtin_prefetch(c_first + r * c_stride + p * kLanes, 1, 3);
+    }
   }
   multiply<R, P>(a, a_stride, b, panel, k, acc);
   if (columns < P * kLanes) {
@@ -152,31 +222,32 @@ void tile(const A* a, long a_stride, B b, long panel, long k, float* c_first, lo
   }
 }
 
-template <int R, class A, class B>
-void row_of_tiles(const A* a, long a_stride, B b, long panel, long k, float* c,
-                  long c_stride, long columns, Into into) {
-  constexpr int P = static_cast<int>(panels_for(R));
+template <int R, int P, class A, class B>
+void row_of_tiles(A a, long a_stride, B b, long panel, long k, float* c, long c_stride,
+                  long columns, Into into) {
   long n = 0;
   for (; columns - n > (P - 1) * kLanes; n += P * kLanes) {
     tile<R, P>(a, a_stride, b + n / kLanes * panel, panel, k, c + n, c_stride,
                columns - n < P * kLanes ? columns - n : P * kLanes, into);
   }
-  for (; n < columns; n += kLanes) {
-    tile<R, 1>(a, a_stride, b + n / kLanes * panel, panel, k, c + n, c_stride,
-               columns - n < kLanes ? columns - n : kLanes, into);
+  if constexpr (P > 1) {
+    if (n < columns) {
+      row_of_tiles<R, P / 2>(a, a_stride, b + n / kLanes * panel, panel, k, c + n, c_stride,
+                             columns - n, into);
+    }
   }
 }
 
-// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. B is a pointer to panels,
-// or Natural.
+// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. A is a pointer to the
+// first row, or Interleaved; B is a pointer to panels, or Natural.
 template <class A, class B>
-void multiply_rows(int rows, const A* a, long a_stride, B b, long panel, long k, float* c,
-                   long c_stride, long columns, Into into) {
+void multiply_rows(int rows, A a, long a_stride, B b, long panel, long k, float* c, long c_stride,
+                   long columns, Into into) {
   switch (rows) {
-#define PENSTOCK_CASE(R)                                                          \
-  case R:                                                                         \
-    if constexpr (R <= kMaxRows)                                                  \
-      row_of_tiles<R>(a, a_stride, b, panel, k, c, c_stride, columns, into);      \
+#define PENSTOCK_CASE(R)                                                                     \
+  case R:                                                                                    \
+    if constexpr (R <= kMaxRows)                                                             \
+      row_of_tiles<R, panels_for(R)>(a, a_stride, b, panel, k, c, c_stride, columns, into);  \
     break;
     PENSTOCK_CASE(1)
     PENSTOCK_CASE(2)

@@ -1,4 +1,5 @@
-// Keys, stored a token after the other, brought into panels of 16 tokens: [dim][16].
+// Keys, stored a token after the other, brought into panels of 16 tokens: [dim][16], or as words of
+// two bfloat16 [dim / 2][16].
 #pragma once
 
 #include "vector.h"
@@ -62,6 +63,63 @@ PENSTOCK_INLINE void transpose_panel(const T* const* rows, long dims, float* to,
   }
   for (; d < dims; d++) {
     for (int t = 0; t < kLanes; t++) to[d * kLanes + t] = widen(rows[t][d]);
+  }
+}
+
+#if defined(__AVX512F__)
+
+// to[i · 16 + t] = word i of rows[t], for 16 tokens and 16 words.
+PENSTOCK_INLINE void transpose_words16(const bf16* const* rows, long dim, uint32_t* to) {
+  __m512i r[16], s[16];
+  _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + dim);
+  _Pragma("GCC unroll 8") for (int i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  _Pragma("GCC unroll 4") for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+  }
+  // r[4g + j]: words j, 4 + j, 8 + j and 12 + j of the tokens 4g to 4g + 3.
+  _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
+    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xee);
+    _mm512_storeu_si512(to + j * kLanes, _mm512_shuffle_i32x4(a, c, 0x88));
+    _mm512_storeu_si512(to + (4 + j) * kLanes, _mm512_shuffle_i32x4(a, c, 0xdd));
+    _mm512_storeu_si512(to + (8 + j) * kLanes, _mm512_shuffle_i32x4(b, d, 0x88));
+    _mm512_storeu_si512(to + (12 + j) * kLanes, _mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+}
+
+#else
+
+PENSTOCK_INLINE void transpose_words16(const bf16* const* rows, long dim, uint32_t* to) {
+  for (int i = 0; i < 16; i++) {
+    for (int t = 0; t < kLanes; t++) {
+      std::memcpy(to + i * kLanes + t, rows[t] + dim + 2 * i, sizeof(uint32_t));
+    }
+  }
+}
+
+#endif
+
+// One panel of 16 tokens as words; `dims` is even. `meanwhile()` is called for every eighth dim.
+template <class Meanwhile>
+PENSTOCK_INLINE void transpose_word_panel(const bf16* const* rows, long dims, uint32_t* to,
+                                          const Meanwhile& meanwhile) {
+  long d = 0;
+  for (; d + 32 <= dims; d += 32) {
+    for (int i = 0; i < 4; i++) meanwhile();
+    transpose_words16(rows, d, to + d / 2 * kLanes);
+  }
+  for (; d < dims; d += 2) {
+    for (int t = 0; t < kLanes; t++) {
+      std::memcpy(to + d / 2 * kLanes + t, rows[t] + d, sizeof(uint32_t));
+    }
   }
 }
 

@@ -283,6 +283,50 @@ PENSTOCK_INLINE Vec widen16(const f16* p) {
   return v;
 }
 
+PENSTOCK_INLINE void narrow16(const Vec& x, float* to) { store16(to, x); }
+
+PENSTOCK_INLINE void narrow16(const Vec& x, bf16* to) {
+#if defined(__AVX512BF16__)
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x.part[0]);
+  std::memcpy(to, &narrow, sizeof narrow);
+#else
+  float lane[kLanes];
+  store16(lane, x);
+  for (int i = 0; i < kLanes; i++) narrow(lane[i], to + i);
+#endif
+}
+
+// Words of two bfloat16, one of each row: words[i] = low[i], high[i], for P times 16 elements.
+template <int P>
+PENSTOCK_INLINE void pair_rows(const bf16* low, const bf16* high, Bits (&words)[P * kParts]) {
+#if defined(__AVX512F__)
+  const __m512i evens = _mm512_setr_epi32(
+      0x00200000, 0x00210001, 0x00220002, 0x00230003, 0x00240004, 0x00250005, 0x00260006,
+      0x00270007, 0x00280008, 0x00290009, 0x002a000a, 0x002b000b, 0x002c000c, 0x002d000d,
+      0x002e000e, 0x002f000f);
+  const __m512i odds = _mm512_add_epi16(evens, _mm512_set1_epi16(16));
+  if constexpr (P == 1) {
+    const auto half = [](const bf16* row) {
+      return _mm512_castsi256_si512(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+    };
+    words[0] = (Bits)_mm512_permutex2var_epi16(half(low), evens, half(high));
+  } else {
+    static_assert(P % 2 == 0);
+    _Pragma("GCC unroll 4") for (int p = 0; p < P; p += 2) {
+      const __m512i a = _mm512_loadu_si512(low + p * kLanes);
+      const __m512i b = _mm512_loadu_si512(high + p * kLanes);
+      words[p] = (Bits)_mm512_permutex2var_epi16(a, evens, b);
+      words[p + 1] = (Bits)_mm512_permutex2var_epi16(a, odds, b);
+    }
+  }
+#else
+  for (int i = 0; i < P * kLanes; i++) {
+    words[i / kWidth][i % kWidth] = low[i] | static_cast<uint32_t>(high[i]) << 16;
+  }
+#endif
+}
+
 // --- the exponential --------------------------------------------------------------------------
 
 // 2^x for x <= 0, relative error below 2e-7; exactly 1 at 0, and 0 below -126 and at -infinity.

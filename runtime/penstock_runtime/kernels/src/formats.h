@@ -1,0 +1,84 @@
+// What a task of attention multiplies: float32, widened from what lies in the pages, or pairs of
+// bfloat16 as they lie there, with queries and weights rounded to bfloat16.
+#pragma once
+
+#include "tile.h"
+#include "transpose.h"
+
+namespace penstock {
+
+template <class T>
+struct Widened {
+  using Element = T;    // in the pages
+  using Factor = float; // of queries and weights
+  using Panel = float;  // of packed keys and values
+  static constexpr long kPerFactor = 1;  // elements in one Factor
+
+  static void query(const float* from, float scale, long dims, float* to) {
+    for (long i = 0; i < dims; i++) to[i] = from[i] * scale;
+  }
+
+  // Keys of 16 tokens. `meanwhile()` is called for every eighth dim.
+  template <class Meanwhile>
+  static void keys(const T* const* rows, long dims, float* to, const Meanwhile& meanwhile) {
+    transpose_panel(rows, dims, to, meanwhile);
+  }
+
+  // Values of whole panels of tokens; `panel`: from one panel of columns to the next.
+  static void values(const T* const* rows, long tokens, long dims, float* to, long panel) {
+    for (long t = 0; t < tokens; t++) {
+      for (long c = 0; c < dims; c += kLanes) {
+        widen_some(rows[t] + c, dims - c, to + c / kLanes * panel + t * kLanes);
+      }
+    }
+  }
+
+  // Weights of the tokens [16 · p, 16 · p + 16) of a row.
+  PENSTOCK_INLINE static void weights(float* row, long p, const Vec& x) {
+    store16(row + p * kLanes, x);
+  }
+};
+
+struct Paired {
+  using Element = bf16;
+  using Factor = uint32_t;
+  using Panel = bf16;
+  static constexpr long kPerFactor = 2;
+
+  static void query(const float* from, float scale, long dims, uint32_t* to) {
+    bf16* narrow = reinterpret_cast<bf16*>(to);
+    long i = 0;
+    for (; i + kLanes <= dims; i += kLanes) narrow16(load16(from + i) * splat16(scale), narrow + i);
+    bf16 rest[kLanes];
+    if (i < dims) narrow16(load_some(from + i, dims - i) * splat16(scale), rest);
+    for (long j = i; j < dims; j++) narrow[j] = rest[j - i];
+  }
+
+  template <class Meanwhile>
+  static void keys(const bf16* const* rows, long dims, bf16* to, const Meanwhile& meanwhile) {
+    transpose_word_panel(rows, dims, reinterpret_cast<uint32_t*>(to), meanwhile);
+  }
+
+  static void values(const bf16* const* rows, long tokens, long dims, bf16* to, long panel) {
+    for (long t = 0; t < tokens; t += 2) {
+      for (long c = 0; c < dims; c += kLanes) {
+        Bits words[kParts];
+        bf16 low[kLanes] = {}, high[kLanes] = {};
+        if (dims - c < kLanes) {
+          std::memcpy(low, rows[t] + c, static_cast<size_t>(dims - c) * sizeof(bf16));
+          std::memcpy(high, rows[t + 1] + c, static_cast<size_t>(dims - c) * sizeof(bf16));
+          pair_rows<1>(low, high, words);
+        } else {
+          pair_rows<1>(rows[t] + c, rows[t + 1] + c, words);
+        }
+        std::memcpy(to + c / kLanes * panel + t * kLanes, words, sizeof words);
+      }
+    }
+  }
+
+  PENSTOCK_INLINE static void weights(uint32_t* row, long p, const Vec& x) {
+    narrow16(x, reinterpret_cast<bf16*>(row) + p * kLanes);
+  }
+};
+
+}  // namespace penstock
