@@ -33,8 +33,8 @@ class NativePlan:
 class PagedNativeAttention(ProjectedAttention[NativePlan]):
     """Attention over pages by the kernels.
 
-    Products are of float32; of pairs of bfloat16 where pages are of bfloat16 (the model is then) and
-    the processor has instructions for them. Sums are float32.
+    Products are of float32; of pairs of bfloat16 where pages are of bfloat16, as the model then is,
+    and the processor has instructions for them. Sums are float32.
     """
 
     def __init__(self, kernels: Kernels) -> None:

@@ -14,85 +14,31 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_double, c_float, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from penstock_runtime.kernels.library import load
+from penstock_runtime.kernels.structures import (
+    Attention,
+    AttentionInputs,
+    DecoderLayer,
+    KvLayer,
+    Linear,
+    Matrix,
+    Step,
+)
 from penstock_runtime.memory import large_empty
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from ctypes import Structure
 
 _FLOAT32, _BFLOAT16, _BFLOAT16_PAIRS = 0, 1, 2
 """`WeightKind` in kernels.h."""
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`KvLayer.element` in kernels.h."""
 _LOW_HALF = 0xFFFF
 _NO_MEMORY = "the kernels got no memory to work in"
-
-
-class _Linear(ctypes.Structure):
-    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
-        ("x", c_void_p),
-        ("x_stride", c_int64),
-        ("weight", c_void_p),
-        ("kind", c_int64),
-        ("bias", c_void_p),
-        ("y", c_void_p),
-        ("rows", c_int64),
-        ("outputs", c_int64),
-        ("inputs", c_int64),
-        ("accumulate", c_int64),
-    ]
-
-
-class _KvLayer(ctypes.Structure):
-    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("element", c_int64),
-        ("page_size", c_int64),
-        ("kv_heads", c_int64),
-        ("key_dim", c_int64),
-        ("value_dim", c_int64),
-        ("key_page_stride", c_int64),
-        ("key_stride", c_int64),
-        ("value_page_stride", c_int64),
-        ("value_stride", c_int64),
-    ]
-
-
-class _AttentionInputs(ctypes.Structure):
-    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
-        ("qkv", c_void_p),
-        ("rows", c_int64),
-        ("heads", c_int64),
-        ("norm", c_void_p),
-        ("rotations", c_void_p),
-        ("pages", c_void_p),
-        ("offsets", c_void_p),
-        ("epsilon", c_float),
-        ("kv", _KvLayer),
-    ]
-
-
-class _Attention(ctypes.Structure):
-    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
-        ("q", c_void_p),
-        ("q_stride", c_int64),
-        ("out", c_void_p),
-        ("heads", c_int64),
-        ("segments", c_int64),
-        ("starts", c_void_p),
-        ("lengths", c_void_p),
-        ("first_rows", c_void_p),
-        ("first_pages", c_void_p),
-        ("pages", c_void_p),
-        ("scale", c_float),
-        ("pairs", c_int64),
-        ("kv", _KvLayer),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +64,7 @@ class KvPages:
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Raises ValueError if they do not lie in memory as described."""
-        if keys.dtype not in _ELEMENTS or values.dtype != keys.dtype or keys.device.type != "cpu":
+        if keys.dtype not in ELEMENTS or values.dtype != keys.dtype or keys.device.type != "cpu":
             raise ValueError(f"pages are {keys.dtype} and {values.dtype} on {keys.device}")
         _, self.kv_heads, page_size, self.key_dim = keys.shape
         self.value_dim, self.page_stride = values.shape[3], keys.stride(0)
@@ -127,10 +73,10 @@ class KvPages:
             row = x.stride(2)
             if x.stride()[1:] != (page_size * row, row, 1):
                 raise ValueError(f"{name} of shape {tuple(x.shape)} have strides {x.stride()}")
-        self.layer = _KvLayer(
+        self.layer = KvLayer(
             keys.data_ptr(),
             values.data_ptr(),
-            _ELEMENTS[keys.dtype],
+            ELEMENTS[keys.dtype],
             page_size,
             self.kv_heads,
             self.key_dim,
@@ -165,7 +111,7 @@ class Segments:
         """
         count = starts.shape
         for name, x in (("lengths", lengths), ("rows", first_rows), ("first_pages", first_pages)):
-            _check(x, name, count, torch.int64)
+            check(x, name, count, torch.int64)
         self._tables = (starts, lengths, first_rows, first_pages, pages)
         self.addresses = (count[0], *(table.data_ptr() for table in self._tables))
         """The number of segments, and where the tables are, as the library takes them."""
@@ -181,12 +127,14 @@ class Kernels:
         self.multiplies_bfloat16 = bool(self._library.penstock_has_bf16_products())
         """Whether the processor has instructions for products of bfloat16."""
         self._linear = self._library.penstock_linear
-        self._linear.argtypes = [ctypes.POINTER(_Linear)]
+        self._linear.argtypes = [ctypes.POINTER(Linear)]
         self._attention = self._library.penstock_attention
-        self._attention.argtypes = [ctypes.POINTER(_Attention)]
+        self._attention.argtypes = [ctypes.POINTER(Attention)]
         self._attention_inputs = self._library.penstock_attention_inputs
-        self._attention_inputs.argtypes = [ctypes.POINTER(_AttentionInputs)]
+        self._attention_inputs.argtypes = [ctypes.POINTER(AttentionInputs)]
         self._attention_inputs.restype = None
+        self._layers = self._library.penstock_layers
+        self._layers.argtypes = [c_void_p, c_int64, ctypes.POINTER(Step)]
         self._rms_norm = self._library.penstock_rms_norm
         self._rms_norm.argtypes = [
             *(c_void_p, c_void_p, c_void_p),
@@ -200,11 +148,11 @@ class Kernels:
         self._packed_elements.argtypes = [c_int64, c_int64]
         self._packed_elements.restype = c_int64
 
-    def structure_sizes(self) -> dict[type[ctypes.Structure], int]:
+    def structure_sizes(self) -> dict[type[Structure], int]:
         """Return the bytes that the library takes each structure to have."""
         size_of = self._library.penstock_structure_bytes
         size_of.argtypes, size_of.restype = [c_int64], c_int64
-        structures = (_Linear, _KvLayer, _AttentionInputs, _Attention)
+        structures = (Linear, KvLayer, AttentionInputs, Attention, Matrix, DecoderLayer, Step)
         return {structure: size_of(index) for index, structure in enumerate(structures)}
 
     def pack(self, weight_NK: torch.Tensor, *, round_inputs: bool = False) -> Weight:
@@ -240,10 +188,10 @@ class Kernels:
         rows = x_MK.shape[0]
         y_MN = torch.empty(rows, weight.outputs) if add_to is None else add_to
         if add_to is not None:
-            _check(add_to, "add_to", (rows, weight.outputs))
+            check(add_to, "add_to", (rows, weight.outputs))
         if bias_N is not None:
-            _check(bias_N, "bias", (weight.outputs,))
-        call = _Linear(
+            check(bias_N, "bias", (weight.outputs,))
+        call = Linear(
             x_MK.data_ptr(),
             _row_stride(x_MK, "x", weight.inputs),
             weight.address,
@@ -263,7 +211,7 @@ class Kernels:
         """Return x / sqrt(mean(x²) + eps) · weight, float32 (M, D)."""
         rows, columns = x_MD.shape
         stride = _row_stride(x_MD, "x", columns)
-        _check(weight_D, "weight", (columns,))
+        check(weight_D, "weight", (columns,))
         y_MD = torch.empty(rows, columns)
         addresses = (x_MD.data_ptr(), weight_D.data_ptr(), y_MD.data_ptr())
         self._rms_norm(*addresses, rows, columns, stride, eps)
@@ -272,7 +220,7 @@ class Kernels:
     def silu_multiply(self, gate_up_MF: torch.Tensor) -> torch.Tensor:
         """Return silu(gate) · up, float32 (M, F), of (M, 2·F): the gate, then what it gates."""
         rows, columns = gate_up_MF.shape[0], gate_up_MF.shape[1] // 2
-        _check(gate_up_MF, "gate_up", (rows, 2 * columns))
+        check(gate_up_MF, "gate_up", (rows, 2 * columns))
         y_MF = torch.empty(rows, columns)
         self._silu_multiply(gate_up_MF.data_ptr(), y_MF.data_ptr(), rows, columns)
         return y_MF
@@ -300,15 +248,15 @@ class Kernels:
         """
         tokens, kv_heads, key_dim = qkv_TW.shape[0], kv.kv_heads, kv.key_dim
         width = heads * key_dim + kv_heads * (key_dim + kv.value_dim)
-        _check(qkv_TW, "qkv", (tokens, width))
+        check(qkv_TW, "qkv", (tokens, width))
         if norm is not None:
-            _check(norm[0], "norm", (heads + kv_heads, key_dim))
+            check(norm[0], "norm", (heads + kv_heads, key_dim))
         if rotations.dtype != torch.complex64 or rotations.numel() != tokens * (key_dim // 2):
             raise ValueError(f"rotations are {rotations.dtype} {tuple(rotations.shape)}")
         for slot in slots:
-            _check(slot, "slots", (tokens,), torch.int64)
+            check(slot, "slots", (tokens,), torch.int64)
         self._attention_inputs(
-            _AttentionInputs(
+            AttentionInputs(
                 qkv_TW.data_ptr(),
                 tokens,
                 heads,
@@ -347,7 +295,7 @@ class Kernels:
         if width < heads * kv.key_dim or heads % kv.kv_heads:
             raise ValueError(f"{heads} heads of {kv.key_dim} in rows of {width}")
         out = torch.empty(rows, heads * kv.value_dim)
-        call = _Attention(
+        call = Attention(
             q_TW.data_ptr(),
             stride,
             out.data_ptr(),
@@ -360,6 +308,11 @@ class Kernels:
         if self._attention(call):
             raise MemoryError(_NO_MEMORY)
         return out
+
+    def layers(self, layers: ctypes.Array[DecoderLayer], step: Step) -> None:
+        """Compute layers one after the other. `layers.py` knows what to put into them."""
+        if self._layers(ctypes.addressof(layers), len(layers), step):
+            raise MemoryError(_NO_MEMORY)
 
     def spin(self, repeats: int, *, pairs: bool = False) -> float:
         """Multiply and add on registers, by all threads; return the operations done.
@@ -388,7 +341,7 @@ def _is_bfloat16(weight: torch.Tensor) -> bool:
     return not bool((words & _LOW_HALF).any())
 
 
-def _check(
+def check(
     x: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> None:
     """Raise ValueError unless x is what a kernel will take its memory for."""

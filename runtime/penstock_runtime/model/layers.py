@@ -79,16 +79,16 @@ class Attention:
     def __init__(self, tensors: Tensors, config: ModelConfig, operators: Operators) -> None:
         self._heads, self._kv_heads = config.heads, config.kv_heads
         self._head_dim = config.head_dim
-        self._qkv = operators.linear(
+        self.qkv = operators.linear(
             _rows(tensors, config, "weight"),
             _rows(tensors, config, "bias") if config.qkv_bias else None,
         )
         self.output = operators.linear(
             tensors["self_attn.o_proj.weight"], tensors.get("self_attn.o_proj.bias")
         )
-        self._norm: HeadNorm | None = None
+        self.norm: HeadNorm | None = None
         if config.qk_norm:
-            self._norm = HeadNorm(
+            self.norm = HeadNorm(
                 interleave_rows(tensors["self_attn.q_norm.weight"], config.head_dim),
                 interleave_rows(tensors["self_attn.k_norm.weight"], config.head_dim),
                 config,
@@ -98,10 +98,10 @@ class Attention:
         self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor
     ) -> torch.Tensor:
         """Write the keys and values of x into the layer's pages; return what `output` takes."""
-        qkv_TW = self._qkv(x_TD)
+        qkv_TW = self.qkv(x_TD)
         if not isinstance(step.backend, ProjectedAttention):
             return self._attend(qkv_TW, step, kv_layer)
-        norm = None if self._norm is None else (self._norm.weight_NH, self._norm.eps)
+        norm = None if self.norm is None else (self.norm.weight_NH, self.norm.eps)
         scale = self._head_dim**-0.5
         return step.backend.run_projected(
             step.plan, qkv_TW, self._heads, norm, step.rotations, kv_layer, scale
@@ -120,8 +120,8 @@ class Attention:
     def _turn(self, qk_TNH: torch.Tensor, step: AttentionStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q and k with norm and rotation, in float32 on the way."""
         qk = qk_TNH.float()
-        if self._norm is not None:
-            qk = self._norm(qk)
+        if self.norm is not None:
+            qk = self.norm(qk)
         rotate_(qk, step.rotations)
         qk = qk.to(qk_TNH.dtype)
         return qk[:, : self._heads], qk[:, self._heads :]
@@ -129,8 +129,8 @@ class Attention:
     def _fused(self, qk_TNH: torch.Tensor, fused: Fused) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same by the device's kernels; without a norm, in the memory of qk."""
         q_TNH, k_TKH = qk_TNH[:, : self._heads], qk_TNH[:, self._heads :]
-        if self._norm is not None:
-            q_TNH, k_TKH = self._norm.apart(q_TNH, k_TKH, fused.kernels)
+        if self.norm is not None:
+            q_TNH, k_TKH = self.norm.apart(q_TNH, k_TKH, fused.kernels)
         fused.kernels.rotate_(q_TNH, k_TKH, fused.table)
         return q_TNH, k_TKH
 
@@ -144,14 +144,14 @@ class FeedForward:
         if config.mlp_bias:
             bias = torch.cat([tensors["mlp.gate_proj.bias"], tensors["mlp.up_proj.bias"]])
         self._operators = operators
-        self._gate_up = operators.linear(torch.cat(gate_up), bias)
+        self.gate_up = operators.linear(torch.cat(gate_up), bias)
         self.down = operators.linear(
             tensors["mlp.down_proj.weight"], tensors.get("mlp.down_proj.bias")
         )
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return what `down` takes, (T, F)."""
-        return self._operators.silu_multiply(self._gate_up(x_TD))
+        return self._operators.silu_multiply(self.gate_up(x_TD))
 
 
 class DecoderLayer:
@@ -164,17 +164,17 @@ class DecoderLayer:
         self, tensors: Tensors, config: ModelConfig, operators: Operators, ranks: Collective
     ) -> None:
         eps = config.norm_eps
-        self._attention_norm = operators.norm(tensors["input_layernorm.weight"], eps)
-        self._attention = Attention(tensors, config, operators)
-        self._mlp_norm = operators.norm(tensors["post_attention_layernorm.weight"], eps)
-        self._mlp = FeedForward(tensors, config, operators)
+        self.attention_norm = operators.norm(tensors["input_layernorm.weight"], eps)
+        self.attention = Attention(tensors, config, operators)
+        self.mlp_norm = operators.norm(tensors["post_attention_layernorm.weight"], eps)
+        self.mlp = FeedForward(tensors, config, operators)
         self._ranks = ranks
 
     def __call__(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
         """Add the layer's contribution to x, in place."""
-        attended = self._attention(self._attention_norm(x_TD), step, kv_layer)
-        self._add(x_TD, self._attention.output, attended)
-        self._add(x_TD, self._mlp.down, self._mlp(self._mlp_norm(x_TD)))
+        attended = self.attention(self.attention_norm(x_TD), step, kv_layer)
+        self._add(x_TD, self.attention.output, attended)
+        self._add(x_TD, self.mlp.down, self.mlp(self.mlp_norm(x_TD)))
 
     def _add(self, x_TD: torch.Tensor, output: Linear, inner: torch.Tensor) -> None:
         """Add the output layer's product, of all ranks, to x."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.nn import functional
 
+from penstock_runtime.kernels.layers import Projection
 from penstock_runtime.model.linear import compute_dtype, make_linear
 
 if TYPE_CHECKING:
@@ -107,12 +108,24 @@ class NativeOperators:
 
     def norm(self, weight_D: torch.Tensor, eps: float) -> Norm:
         """Return an RMS norm."""
-        weight = weight_D.float()
-        return lambda x_MD: self._kernels.rms_norm(x_MD, weight, eps)
+        return NativeNorm(self._kernels, weight_D, eps)
 
     def silu_multiply(self, gate_up_MF: torch.Tensor) -> torch.Tensor:
         """Return silu(gate) · up."""
         return self._kernels.silu_multiply(gate_up_MF)
+
+
+class NativeNorm:
+    """The kernels' RMS norm."""
+
+    def __init__(self, kernels: Kernels, weight_D: torch.Tensor, eps: float) -> None:
+        self._kernels = kernels
+        self.weight_D = weight_D.float().contiguous()
+        self._eps = eps
+
+    def __call__(self, x_MD: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor of x's shape."""
+        return self._kernels.rms_norm(x_MD, self.weight_D, self._eps)
 
 
 class NativeLinear:
@@ -127,13 +140,15 @@ class NativeLinear:
         round_inputs: bool,
     ) -> None:
         self._kernels = kernels
-        self._weight = kernels.pack(weight_NK, round_inputs=round_inputs)
-        self._bias = None if bias_N is None else bias_N.float().contiguous()
+        self.projection = Projection(
+            kernels.pack(weight_NK, round_inputs=round_inputs),
+            None if bias_N is None else bias_N.float().contiguous(),
+        )
 
     def __call__(self, x_MK: torch.Tensor) -> torch.Tensor:
         """Return (M, N) for x (M, K), float32."""
-        return self._kernels.linear(x_MK, self._weight, self._bias)
+        return self._kernels.linear(x_MK, self.projection.weight, self.projection.bias)
 
     def add_to(self, y_MN: torch.Tensor, x_MK: torch.Tensor) -> None:
         """Add the product to y."""
-        self._kernels.linear(x_MK, self._weight, self._bias, add_to=y_MN)
+        self._kernels.linear(x_MK, self.projection.weight, self.projection.bias, add_to=y_MN)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from penstock_runtime.attention.base import AttentionShape
+from penstock_runtime.attention.paged_native import PagedNativeAttention
 from penstock_runtime.attention.registry import create_attention
 from penstock_runtime.kernels.selection import select_kernels
 from penstock_runtime.model.collective import Alone
@@ -17,6 +18,7 @@ from penstock_runtime.model.fused import fused_kernels
 from penstock_runtime.model.layers import AttentionStep, Fused
 from penstock_runtime.model.linear import compute_dtype
 from penstock_runtime.model.loader import Loader, Part
+from penstock_runtime.model.native_layers import native_layers
 from penstock_runtime.model.operators import create_operators
 from penstock_runtime.model.rope import RopeTable, frequencies, rotations
 from penstock_runtime.model.weights import Checkpoint
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from penstock_runtime.attention.base import AttentionBackend
+    from penstock_runtime.kernels.layers import NativeLayers
     from penstock_runtime.kernels.selection import KernelChoice
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
@@ -55,6 +58,7 @@ class Transformer:
         head: Head | None,
         ranks: Collective,
         kernels: FusedKernels | None,
+        native_layers: NativeLayers | None,
     ) -> None:
         self.config = config
         """Of this rank: its heads, its part of the feed-forward."""
@@ -67,6 +71,7 @@ class Transformer:
         self.kernels = kernels
         """The device's own kernels; None: torch's operations."""
         self._layers = layers
+        self._native_layers = native_layers
         self._embedding = embedding
         self._head = head
         self._frequencies = frequencies(config.rope, config.head_dim).to(device)
@@ -128,17 +133,26 @@ class Transformer:
                 operators=operators,
                 progress=progress or _silent,
             )
+            decoder_layers = [loader.layer(index) for index in range(first, last)]
+            whole = None
+            if (
+                native is not None
+                and ranks.size == 1
+                and isinstance(attention, PagedNativeAttention)
+            ):
+                whole = native_layers(native, decoder_layers, local, dtype)
             return cls(
                 local,
                 dtype=dtype,
                 compute_dtype=operators.compute_dtype,
                 device=device,
                 attention=attention,
-                layers=[loader.layer(index) for index in range(first, last)],
+                layers=decoder_layers,
                 embedding=loader.embedding() if embed else None,
                 head=loader.head() if head else None,
                 ranks=ranks,
                 kernels=fused,
+                native_layers=whole,
             )
 
     @property
@@ -167,9 +181,18 @@ class Transformer:
             kv_pool: (pages, b - a, 2, K, S, H); keys and values of the batch are written.
         """
         turns = rotations(positions_T, self._frequencies, self.config.rope.attention_factor)
+        x_TD = hidden_TD.to(self.compute_dtype, copy=True)
+        if self._native_layers is not None:
+            self._native_layers.run(
+                x_TD,
+                rotations=turns,
+                slots=(plan.slots.pages, plan.slots.offsets),
+                segments=plan.segments,
+                kv_pool=kv_pool,
+            )
+            return x_TD.to(self.dtype)
         fused = None if self.kernels is None else Fused(self.kernels, RopeTable.of(turns))
         step = AttentionStep(self.attention, plan, turns, fused)
-        x_TD = hidden_TD.to(self.compute_dtype, copy=True)
         for index, layer in enumerate(self._layers):
             layer(x_TD, step, kv_pool[:, index])
             if self.dtype != self.compute_dtype:

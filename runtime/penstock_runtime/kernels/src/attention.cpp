@@ -34,7 +34,7 @@
 namespace penstock {
 namespace {
 
-constexpr long kKeyBlock = 128;
+constexpr long kKeyBlock = 256;
 constexpr long kSection = 1024;
 constexpr long kTaskFloats = 24576;  // of q in a task, and as many of sums: 96 KB each
 constexpr long kFewQueries = 16;

@@ -10,8 +10,8 @@ extern "C" {
 // What the library was compiled from: library.py compares it with the sources beside it.
 const char* penstock_source_digest();
 
-// Bytes of the structures Linear, KvLayer, AttentionInputs and Attention, in this order: a test holds
-// them against the mirrors in Python.
+// Bytes of the structures Linear, KvLayer, AttentionInputs, Attention, Matrix, DecoderLayer and Step, in
+// this order: a test holds them against the mirrors in Python.
 int64_t penstock_structure_bytes(int64_t index);
 
 // 1 if the processor's own instruction multiplies pairs of bfloat16, 0 if it is emulated.
@@ -97,6 +97,39 @@ struct Attention {
 
 // Returns 0, or 1 if there was no memory to work in.
 int penstock_attention(const Attention* call);
+
+// --- layers.cpp: whole layers -----------------------------------------------------------------
+
+struct Matrix {
+  const void* weight;  // packed
+  int64_t kind;        // WeightKind
+  const float* bias;   // (outputs,) or null
+  int64_t outputs, inputs;
+};
+
+// All layers of a call have matrices of the same sizes.
+struct DecoderLayer {
+  const float* attention_norm;  // (hidden,)
+  Matrix qkv;
+  const float* head_norm;  // (heads + kv_heads, key_dim), or null
+  Matrix output;
+  const float* mlp_norm;  // (hidden,)
+  Matrix gate_up, down;
+  KvLayer kv;
+};
+
+// What one forward pass tells all layers.
+struct Step {
+  float* x;  // (rows, hidden), contiguous; changed
+  int64_t rows, hidden;
+  int64_t element;  // of activations behind each layer, as KvLayer.element
+  float epsilon;    // of the norms over hidden
+  AttentionInputs inputs;  // without qkv, norm and kv
+  Attention attention;     // without q, q_stride, out and kv
+};
+
+// Adds the layers' contributions to x, one after the other. Returns 0, or 1 if there was no memory.
+int penstock_layers(const DecoderLayer* layers, int64_t count, const Step* step);
 
 // --- limits.cpp: what the machine can do ------------------------------------------------------
 

@@ -8,9 +8,11 @@
 // Products of pairs: an element of y is one chain over all k. x is rounded first, the rows of a tile
 // interleaved, so that a tile reads it from start to end. Panels come once from memory into the second
 // level, where all rows pass them; the rows of a tile stay in the first.
+#include "linear.h"
+
 #include <algorithm>
 
-#include "kernels.h"
+#include "rows.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -54,10 +56,10 @@ struct Workspace {
   static constexpr size_t kFloats = kRowBlock * kBlock + kBlock * kLanes;
 };
 
-// Rows [first, first + size) of x, in words of two bfloat16: those of one tile interleaved.
+// The rows of x in words of two bfloat16, those of one tile interleaved.
 struct RowGroups {
-  const float* x;
-  long x_stride, rows, inputs;
+  const Source& x;
+  long rows, inputs;
   uint32_t* words;
 
   long count() const { return (rows + kMaxRows - 1) / kMaxRows; }
@@ -66,16 +68,33 @@ struct RowGroups {
   uint32_t* at(long group) const { return words + first(group) * (inputs / 2); }
 
   void round(long group) const {
-    const int size = this->size(group);
-    uint32_t* to = at(group);
-    for (int r = 0; r < size; r++) {
-      const float* from = x + (first(group) + r) * x_stride;
-      for (long k = 0; k < inputs; k += kLanes) {
-        uint32_t pairs[kLanes / 2];
-        narrow16(load_some(from + k, inputs - k), reinterpret_cast<bf16*>(pairs));
-        const long count = std::min<long>(kLanes, inputs - k) / 2;
-        for (long i = 0; i < count; i++) to[(k / 2 + i) * size + r] = pairs[i];
+    for (int r = 0; r < size(group); r++) {
+      const float* row = x.rows + (first(group) + r) * x.stride;
+      switch (x.made) {
+        case Made::as_is:
+          round_row(group, r, [&](long k) { return load_some(row + k, inputs - k); });
+          break;
+        case Made::normed: {
+          const float inverse = inverse_rms(row, inputs, x.epsilon);
+          round_row(group, r, [&](long k) { return normed(row, inverse, x.norm, k, inputs); });
+          break;
+        }
+        case Made::gated:
+          round_row(group, r, [&](long k) { return gated(row, k, inputs); });
       }
+    }
+  }
+
+ private:
+  template <class Lanes>
+  PENSTOCK_INLINE void round_row(long group, int r, const Lanes& lanes) const {
+    const long step = size(group);
+    uint32_t* to = at(group) + r;
+    for (long k = 0; k < inputs; k += kLanes) {
+      uint32_t pairs[kLanes / 2];
+      narrow16(lanes(k), reinterpret_cast<bf16*>(pairs));
+      const long count = std::min<long>(kLanes, inputs - k) / 2;
+      for (long i = 0; i < count; i++) to[(k / 2 + i) * step] = pairs[i];
     }
   }
 };
@@ -183,7 +202,7 @@ class Product {
   const Linear& call_;
 };
 
-int linear(const Linear& call) {
+int linear_of_floats(const Linear& call) {
   const long threads = omp_get_max_threads();
   const long row_parts = (call.rows + kRowBlock - 1) / kRowBlock;
   const long panels = (call.outputs + kLanes - 1) / kLanes;
@@ -204,11 +223,11 @@ int linear(const Linear& call) {
   return 0;
 }
 
-int linear_of_pairs(const Linear& call) {
+int linear_of_pairs(const Linear& call, const Source& source) {
   static thread_local Scratch rounded;
   uint32_t* words = rounded.take<uint32_t>(static_cast<size_t>(call.rows) * call.inputs / 2);
   if (words == nullptr) return 1;
-  const RowGroups x{call.x, call.x_stride, call.rows, call.inputs, words};
+  const RowGroups x{source, call.rows, call.inputs, words};
   const Product product(call);
   const long unit = panels_for(x.size(0)) * kLanes;
   const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
@@ -229,6 +248,27 @@ int linear_of_pairs(const Linear& call) {
 }
 
 }  // namespace
+
+int linear(Linear call, const Source& source) {
+  if (call.rows == 0) return 0;
+  if (call.kind == kBfloat16Pairs) return linear_of_pairs(call, source);
+  call.x = source.rows;
+  call.x_stride = source.stride;
+  if (source.made == Made::as_is) return linear_of_floats(call);
+  static thread_local Scratch memory;
+  float* made = memory.take<float>(call.rows * call.inputs);
+  if (made == nullptr) return 1;
+  if (source.made == Made::normed) {
+    penstock_rms_norm(source.rows, source.norm, made, call.rows, call.inputs, source.stride,
+                      source.epsilon);
+  } else {
+    penstock_silu_multiply(source.rows, made, call.rows, call.inputs);
+  }
+  call.x = made;
+  call.x_stride = call.inputs;
+  return linear_of_floats(call);
+}
+
 }  // namespace penstock
 
 using namespace penstock;
@@ -269,6 +309,5 @@ void penstock_pack_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs,
 }
 
 int penstock_linear(const Linear* call) {
-  if (call->rows == 0) return 0;
-  return call->kind == kBfloat16Pairs ? linear_of_pairs(*call) : linear(*call);
+  return linear(*call, {call->x, call->x_stride, Made::as_is, nullptr, 0.0f});
 }

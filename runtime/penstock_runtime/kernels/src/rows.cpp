@@ -1,32 +1,14 @@
 // What is done with each row by itself: norms, the gate, and what comes between the projection of
 // q, k and v and attention. Sums go over 16 lanes in a fixed order; everything else is one formula
 // an element. So a row's bits do not depend on the rows beside it.
-#include <cmath>
+#include "rows.h"
 
 #include "kernels.h"
-#include "vector.h"
 
 namespace penstock {
 namespace {
 
 constexpr long kFewElements = 1 << 14;  // below, a second thread costs more than it saves
-
-PENSTOCK_INLINE float inverse_rms(const float* x, long columns, float epsilon) {
-  Vec sum = splat16(0.0f);
-  for (long i = 0; i < columns; i += kLanes) {
-    const Vec v = load_some(x + i, columns - i);
-    sum = fma(v, v, sum);
-  }
-  return 1.0f / std::sqrt(sum_lanes(sum) / static_cast<float>(columns) + epsilon);
-}
-
-// x · sigmoid(x), with e = exp(-|x|): sigmoid is 1 / (1 + e) for x >= 0, else e / (1 + e).
-PENSTOCK_INLINE Vec silu(const Vec& x) {
-  const Vec zero = splat16(0.0f), one = splat16(1.0f);
-  const Vec magnitude = max(x, zero - x);
-  const Vec e = exp2_nonpositive(magnitude * splat16(-0x1.715476p+0f));
-  return x * (where_less(x, zero, e, one) / (one + e));
-}
 
 // Turns pairs that lie side by side by angles given as (cosine, sine).
 PENSTOCK_INLINE void rotate(float* x, const float* rotation, long key_dim) {
@@ -87,18 +69,17 @@ void penstock_rms_norm(const float* x, const float* weight, float* y, int64_t ro
     const float* from = x + row * x_stride;
     float* to = y + row * columns;
     const float inverse = inverse_rms(from, columns, epsilon);
-    for (long i = 0; i < columns; i++) to[i] = from[i] * inverse * weight[i];
+    for (long i = 0; i < columns; i += kLanes) {
+      store_some(to + i, normed(from, inverse, weight, i, columns), columns - i);
+    }
   }
 }
 
 void penstock_silu_multiply(const float* x, float* y, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows * columns > kFewElements)
   for (long row = 0; row < rows; row++) {
-    const float* gate = x + row * 2 * columns;
     for (long i = 0; i < columns; i += kLanes) {
-      const Vec product =
-          silu(load_some(gate + i, columns - i)) * load_some(gate + columns + i, columns - i);
-      store_some(y + row * columns + i, product, columns - i);
+      store_some(y + row * columns + i, gated(x + row * 2 * columns, i, columns), columns - i);
     }
   }
 }

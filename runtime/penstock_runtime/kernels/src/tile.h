@@ -91,13 +91,18 @@ PENSTOCK_INLINE void add_pairs(const X& x, const Bits (&words)[P * kParts],
   }
 }
 
+// Measured: for a few rows the processor itself reads ahead well enough.
+constexpr int kRowsThatRead = 4;
+
 template <int R, int P, class X>
 PENSTOCK_INLINE void multiply_pairs(const X& x, const bf16* b, long panel, long k,
                                     Accumulators<R, P>& acc) {
   for (long i = 0; i < k / 2; i++) {
     Bits words[P * kParts];
-    _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
-      __builtin_prefetch(b + p * panel + i * 2 * kLanes + kAhead, 0, 3);
+    if constexpr (R > kRowsThatRead) {
+      _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
+        __builtin_prefetch(b + p * panel + i * 2 * kLanes + kAhead, 0, 3);
+      }
     }
     PENSTOCK_COLUMNS words[c] =
         load_bits(b + c / kParts * panel + i * 2 * kLanes + c % kParts * 2 * kWidth);
@@ -121,7 +126,7 @@ template <int R, int P>
 PENSTOCK_INLINE void multiply(Interleaved a, long, const bf16* b, long panel, long k,
                               Accumulators<R, P>& acc) {
   const auto word = [&](int r, long i) {
-    if (r == 0) __builtin_prefetch(a.words + i * R + kAhead / 2, 0, 3);
+    if (R > kRowsThatRead && r == 0) __builtin_prefetch(a.words + i * R + kAhead / 2, 0, 3);
     return a.words[i * R + r];
   };
   multiply_pairs<R, P>(word, b, panel, k, acc);
@@ -206,9 +211,10 @@ void tile(A a, long a_stride, B b, long panel, long k, float* c_first, long c_st
   }
   multiply<R, P>(a, a_stride, b, panel, k, acc);
   if (columns < P * kLanes) {
-    float row[P * kLanes];
-    for (int r = 0; r < R; r++) {
-      for (int c = 0; c < P * kParts; c++) store(row + c * kWidth, acc.at[r][c]);
+    // Unrolled like all else here: an accumulator that is found by a variable would live in memory.
+    PENSTOCK_ROWS {
+      float row[P * kLanes];
+      PENSTOCK_COLUMNS store(row + c * kWidth, acc.at[r][c]);
       float* to = c_first + r * c_stride;
       for (long n = 0; n < columns; n++) to[n] = into == Into::add ? to[n] + row[n] : row[n];
     }

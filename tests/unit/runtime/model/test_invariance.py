@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from penstock_runtime.kernels import selection
 from penstock_runtime.kernels.native import Kernels
+from penstock_runtime.model import transformer
 from tests.unit.runtime.kernels.built import built_kernels
 
 from .checkpoints import CONFIGS, PROMPTS, reference
@@ -91,3 +92,19 @@ def test_bits_of_logits(references, whole, name, dtype, pairs, cuts, page_size, 
                 assert torch.equal(sequences.step(parts), torch.cat(rows))
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("name", ["llama-biased", "qwen3"])
+def test_layers_in_one_call_give_the_bits_of_their_parts(
+    references, monkeypatch, name, dtype, pairs
+):
+    """Ranks that share a layer compute it part by part; a worker alone, all layers in one call."""
+    known = references(name)
+    models = [load(known.path, [1], dtype, pairs)]
+    monkeypatch.setattr(transformer, "native_layers", lambda *_: None)
+    models.append(load(known.path, [1], dtype, pairs))
+    in_one, in_parts = (Sequences(each, page_size=8, count=2) for each in models)
+    for batch in ([(0, known.tokens[0, :40])], [(0, known.tokens[0, 40:41]), (1, known.tokens[1])]):
+        assert torch.equal(in_one.step(batch), in_parts.step(batch))

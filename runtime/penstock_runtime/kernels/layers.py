@@ -1,0 +1,166 @@
+"""Decoder layers that the library computes in one call.
+
+Shape letters: T tokens of the batch, D hidden size, N query heads, K KV heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from penstock_runtime.kernels.native import ELEMENTS, KvPages, check
+from penstock_runtime.kernels.structures import (
+    Attention,
+    AttentionInputs,
+    DecoderLayer,
+    KvLayer,
+    Matrix,
+    Step,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from penstock_runtime.kernels.native import Kernels, Segments, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A packed weight, and its bias if there is one."""
+
+    weight: Weight
+    bias: torch.Tensor | None
+
+    def matrix(self) -> Matrix:
+        """Return it as the library takes it."""
+        weight = self.weight
+        return Matrix(
+            weight.address, weight.kind, _address(self.bias), weight.outputs, weight.inputs
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWeights:
+    """The weights of one layer; those of norms are float32."""
+
+    attention_norm: torch.Tensor
+    qkv: Projection
+    head_norm: torch.Tensor | None
+    """(N + K, H), or none."""
+    output: Projection
+    mlp_norm: torch.Tensor
+    gate_up: Projection
+    down: Projection
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayersShape:
+    """What all layers of a model have in common."""
+
+    heads: int
+    head_dim: int
+    epsilon: float
+    """Of all norms."""
+    dtype: torch.dtype
+    """Of activations behind each layer."""
+    round_inputs: bool
+    """As for `Kernels.attention`."""
+
+
+class NativeLayers:
+    """Layers [a, b) of a model, and the pages that they were last run with."""
+
+    def __init__(
+        self, kernels: Kernels, layers: Sequence[LayerWeights], shape: LayersShape
+    ) -> None:
+        self._kernels = kernels
+        self._weights = list(layers)  # the library is given addresses only
+        self._shape = shape
+        self._layers = (DecoderLayer * len(layers))(*map(_layer, layers))
+        self._hidden = layers[0].qkv.weight.inputs
+        self._pool: tuple[object, ...] = ()
+        self._pages: KvPages | None = None
+
+    def run(
+        self,
+        x_TD: torch.Tensor,
+        *,
+        rotations: torch.Tensor,
+        slots: tuple[torch.Tensor, torch.Tensor],
+        segments: Segments,
+        kv_pool: torch.Tensor,
+    ) -> None:
+        """Add the layers' contributions to x, in place.
+
+        Args:
+            x_TD: float32.
+            rotations: as for `Kernels.attention_inputs`.
+            slots: as there.
+            segments: as for `Kernels.attention`.
+            kv_pool: (pages, layers, 2, K, S, H).
+        """
+        shape, tokens = self._shape, len(x_TD)
+        check(x_TD, "x", (tokens, self._hidden))
+        check(rotations, "rotations", (tokens, 1, shape.head_dim // 2), torch.complex64)
+        for slot in slots:
+            check(slot, "slots", (tokens,), torch.int64)
+        pages = self._lay_out(kv_pool)
+        step = Step(
+            x_TD.data_ptr(),
+            tokens,
+            self._hidden,
+            ELEMENTS[shape.dtype],
+            shape.epsilon,
+            AttentionInputs(
+                None,
+                tokens,
+                shape.heads,
+                None,
+                rotations.data_ptr(),
+                slots[0].data_ptr(),
+                slots[1].data_ptr(),
+                shape.epsilon,
+                KvLayer(),
+            ),
+            Attention(
+                None,
+                0,
+                None,
+                shape.heads,
+                *segments.addresses,
+                shape.head_dim**-0.5,
+                shape.round_inputs and pages.pairs,
+                KvLayer(),
+            ),
+        )
+        self._kernels.layers(self._layers, step)
+
+    def _lay_out(self, kv_pool: torch.Tensor) -> KvPages:
+        """Tell the layers where their pages are, unless they know, and return those of the last."""
+        known = (kv_pool.data_ptr(), kv_pool.shape, kv_pool.stride(), kv_pool.dtype)
+        if self._pages is None or known != self._pool:
+            for index, layer in enumerate(self._layers):
+                self._pages = KvPages(*kv_pool[:, index].unbind(1))
+                layer.kv = self._pages.layer
+            self._pool = known
+        assert self._pages is not None, "there is at least one layer"
+        return self._pages
+
+
+def _layer(weights: LayerWeights) -> DecoderLayer:
+    return DecoderLayer(
+        weights.attention_norm.data_ptr(),
+        weights.qkv.matrix(),
+        _address(weights.head_norm),
+        weights.output.matrix(),
+        weights.mlp_norm.data_ptr(),
+        weights.gate_up.matrix(),
+        weights.down.matrix(),
+        KvLayer(),
+    )
+
+
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

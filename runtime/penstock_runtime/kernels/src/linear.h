@@ -1,0 +1,21 @@
+// Matrix products whose input is made on the way.
+#pragma once
+
+#include "kernels.h"
+
+namespace penstock {
+
+enum class Made { as_is, normed, gated };
+
+struct Source {
+  const float* rows;  // of `gated`: contiguous, the gates, then what they gate
+  int64_t stride;
+  Made made;
+  const float* norm;  // of `normed`: the weight
+  float epsilon;
+};
+
+// As penstock_linear, of what is made of the source's rows; the call's own x is not looked at.
+int linear(Linear call, const Source& source);
+
+}  // namespace penstock

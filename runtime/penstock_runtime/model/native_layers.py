@@ -1,0 +1,59 @@
+"""Layers of a model as the C++ kernels compute them all in one call.
+
+Only where one rank has the whole layer: between ranks, sums come in between.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from penstock_runtime.kernels.layers import LayersShape, LayerWeights, NativeLayers, Projection
+from penstock_runtime.model.operators import NativeLinear, NativeNorm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from penstock_runtime.kernels.native import Kernels
+    from penstock_runtime.model.config import ModelConfig
+    from penstock_runtime.model.layers import DecoderLayer
+    from penstock_runtime.model.linear import Linear
+    from penstock_runtime.model.operators import Norm
+
+
+def native_layers(
+    kernels: Kernels, layers: Sequence[DecoderLayer], config: ModelConfig, dtype: torch.dtype
+) -> NativeLayers:
+    """Return layers that were made of `NativeOperators`, as one."""
+    shape = LayersShape(
+        heads=config.heads,
+        head_dim=config.head_dim,
+        epsilon=config.norm_eps,
+        dtype=dtype,
+        round_inputs=kernels.multiplies_bfloat16,
+    )
+    return NativeLayers(kernels, [_weights(layer) for layer in layers], shape)
+
+
+def _weights(layer: DecoderLayer) -> LayerWeights:
+    attention, mlp = layer.attention, layer.mlp
+    return LayerWeights(
+        attention_norm=_norm(layer.attention_norm),
+        qkv=_projection(attention.qkv),
+        head_norm=None if attention.norm is None else attention.norm.weight_NH,
+        output=_projection(attention.output),
+        mlp_norm=_norm(layer.mlp_norm),
+        gate_up=_projection(mlp.gate_up),
+        down=_projection(mlp.down),
+    )
+
+
+def _norm(norm: Norm) -> torch.Tensor:
+    assert isinstance(norm, NativeNorm)
+    return norm.weight_D
+
+
+def _projection(linear: Linear) -> Projection:
+    assert isinstance(linear, NativeLinear)
+    return linear.projection
