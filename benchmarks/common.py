@@ -5,11 +5,13 @@ Both environments import it, ours and the other engine's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -39,7 +41,13 @@ def say(text: str) -> None:
 
 def end_on_sigterm() -> None:
     """Let SIGTERM unwind the stack as Ctrl-C does, so that what was started is ended."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+
+    def end(*_: object) -> None:
+        # Who ends a whole group signals us twice if a launcher passes signals on.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit("ended by SIGTERM")
+
+    signal.signal(signal.SIGTERM, end)
 
 
 # --- the machine ------------------------------------------------------------------------------
@@ -84,8 +92,8 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def group_cpu_seconds(group: int) -> float:
-    """Return the core-seconds of the processes of a process group."""
+def group_cpu_seconds(*groups: int) -> float:
+    """Return the core-seconds of the processes of some process groups."""
     ticks = 0
     for file in Path("/proc").glob("[0-9]*/stat"):
         # The name, in brackets, may hold anything.
@@ -93,9 +101,31 @@ def group_cpu_seconds(group: int) -> float:
             fields = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended
-        if int(fields[2]) == group:
+        if int(fields[2]) in groups:
             ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def end_group(process: subprocess.Popen[Any], patience: float) -> None:
+    """Ask a process that leads its group to end; what is left of the group then is killed."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_lines(file: Path) -> str:
+    """Return the end of a log, to tell with an error."""
+    return "\n".join(file.read_text(errors="replace").splitlines()[-15:])
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback address that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def wait_for_calm(seconds: float) -> None:
@@ -129,9 +159,17 @@ def process_memory(pid: int) -> Memory:
 
 
 def prompts(seed: int, count: int, length: int) -> list[list[int]]:
-    """Return random token ids; the same for the same seed."""
-    rng = random.Random(seed)
+    """Return random token ids; the same for the same seed and length.
+
+    Prompts of another length begin otherwise, so that none is found in part in a cache.
+    """
+    rng = random.Random(f"{seed}, {length} tokens")
     return [[rng.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(length)] for _ in range(count)]
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Return the value that so many percent of at least two values do not exceed."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 @dataclass(frozen=True, slots=True)

