@@ -51,7 +51,7 @@ from common import (
 from engine_limits import limit_share
 from engine_worker import ENGINES, Options, Row, Task
 from make_model import ensure_model
-from pairs import take_pair
+from pairs import take_pair, wait_until_idle
 from vllm_setup import VLLM, ensure_vllm, vllm_environment
 
 if TYPE_CHECKING:
@@ -173,6 +173,8 @@ def run_dtype(
     with running(options, vllm_dtype, python, args.wait_policy, args.timeout) as workers:
         for number in range(-1, args.rounds):
             order = names if number % 2 else names[::-1]
+            for worker in workers.values():  # one that spins would take a core from the loops
+                wait_until_idle(worker)
             limits.append(workers["penstock"].ask(None, args.timeout))
             for row in rows:
                 wait_for_calm(args.wait_for_calm)

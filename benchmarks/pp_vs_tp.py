@@ -20,7 +20,8 @@ and not by the network, so it is shown beside the share of a core that each had.
                 tensor, T ranks           2 (T - 1) · S · H · (2 L + 1) elements: a ring's sum sends
                                           2 (T - 1) / T of a tensor from every rank, twice a layer
                                           and once for the embedding
-              for a prompt of S tokens, hidden size H, L layers
+              for a prompt of S tokens, hidden size H, L layers; elements that are handed on are
+              of the model's dtype, those that are summed float32
   B/flop      bytes a second of one link by the arithmetic that one worker does a second (measured
               with `one`): what says how slow a network is for these workers. A node of eight H20
               (296 TFLOP/s each in FP8) with one NIC of 400 Gbit/s has 2.1e-5, with eight 1.7e-4.
@@ -58,8 +59,10 @@ if TYPE_CHECKING:
     from links import Links
 
 NAME = "bench"
-ITEM_BYTES = 4
-"""Of activations and sums: both in float32."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+"""Of activations that stages hand on, by the model's dtype."""
+SUM_BYTES = 4
+"""Of what ranks sum: float32 always."""
 SEEDS = itertools.count(1)
 _READY_SECONDS = 240
 _END_SECONDS = 30
@@ -78,11 +81,11 @@ class Layout:
         """Processes that compute."""
         return self.stages * self.ranks
 
-    def bytes_between(self, config: ModelConfig, tokens: int) -> int:
+    def bytes_between(self, config: ModelConfig, dtype: str, tokens: int) -> int:
         """Return what the workers send each other for a prompt, by the formula."""
-        handed_on = self.stages - 1
-        summed = 2 * (self.ranks - 1) * (2 * config.layers + 1)
-        return tokens * config.hidden_size * (handed_on + summed) * ITEM_BYTES
+        handed_on = (self.stages - 1) * ITEM_BYTES[dtype]
+        summed = 2 * (self.ranks - 1) * (2 * config.layers + 1) * SUM_BYTES
+        return tokens * config.hidden_size * (handed_on + summed)
 
 
 LAYOUTS = {
@@ -213,7 +216,7 @@ class Service:
         return [
             *("--model", self._model, "--keys", str(self._folder / "keys")),
             *("--bind", f"{address}:7000", "--http", f"{address}:7001", "--net-device", "eth0"),
-            *("--dtype", "float32", "--kv-memory", str(kv_memory), "--drain-seconds", "1"),
+            *("--dtype", self._args.dtype, "--kv-memory", str(kv_memory), "--drain-seconds", "1"),
         ]
 
     def _start(self, name: str, *command: str) -> None:
@@ -293,6 +296,7 @@ async def sample(
     service: Service,
     layout: Layout,
     config: ModelConfig,
+    dtype: str,
     megabits: float,
     tokens: int,
 ) -> dict[str, Any]:
@@ -303,7 +307,7 @@ async def sample(
     after = service.states()
     counted = sum(made.sent(host) - old for host, old in zip(made.hosts, sent, strict=True))
     busy = [b["compute_seconds"] - a["compute_seconds"] for a, b in zip(before, after, strict=True)]
-    expected = layout.bytes_between(config, tokens)
+    expected = layout.bytes_between(config, dtype, tokens)
     found: dict[str, Any] = {
         "layout": layout.name,
         "mbit": megabits,
@@ -337,7 +341,9 @@ async def measure(made: Links, args: argparse.Namespace, report: Report) -> list
                 for megabits in args.mbit if layout.workers > 1 else args.mbit[:1]:
                     made.set_rate(megabits)
                     for tokens in args.tokens:
-                        found = await sample(made, service, layout, config, megabits, tokens)
+                        found = await sample(
+                            made, service, layout, config, args.dtype, megabits, tokens
+                        )
                         samples.append(found | {"round": number})
                         report.write(samples=samples)
     return samples
@@ -466,6 +472,12 @@ def main() -> None:
     a("--rounds", type=int, default=3, help="of all layouts, alternating (default: 3)")
     a("--warm-up", nargs="+", type=int, default=[512, 1536], help="prompts that are not counted")
     a("--chunk", type=int, default=512, help="most tokens a chunk (default: 512)")
+    a(
+        "--dtype",
+        choices=ITEM_BYTES,
+        default="float32",
+        help="bfloat16 where the processor multiplies it (default: float32)",
+    )
     a("--chunk-mode", choices=["adaptive", "fixed"], default="adaptive")
     a("--kv-memory", type=int, default=6 * 2**30, help="of a decode worker, bytes (default: 6 GiB)")
     a("--output", type=Path, default=RESULTS / "pp_vs_tp.json", help="results, with hardware")

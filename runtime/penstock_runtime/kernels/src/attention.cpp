@@ -36,7 +36,7 @@ namespace {
 
 constexpr long kKeyBlock = 256;
 constexpr long kSection = 1024;
-constexpr long kTaskFloats = 24576;  // of q in a task, and as many of sums: 96 KB each
+constexpr long kTaskFloats = 65536;  // of q in a task, and as many of sums: half of the second level
 constexpr long kFewQueries = 16;
 static_assert(kFewQueries >= kMaxRows);
 constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -100,7 +100,7 @@ PENSTOCK_INLINE float softmax_row(float* scores, typename Format::Factor* weight
   Vec total = load16(sum) * splat16(factor);
   const Vec shift = splat16(now);
   for (long p = 0; p < panels; p++) {
-    const Vec x = exp2_nonpositive(load16(scores + p * kLanes) - shift);
+    const Vec x = Format::exponential(load16(scores + p * kLanes) - shift);
     Format::weights(weights, p, x);
     total = total + x;
   }

@@ -33,6 +33,9 @@ struct Widened {
     }
   }
 
+  // 2^x for x <= 0, as exact as weights are.
+  PENSTOCK_INLINE static Vec exponential(const Vec& x) { return exp2_nonpositive(x); }
+
   // Weights of the tokens [16 · p, 16 · p + 16) of a row.
   PENSTOCK_INLINE static void weights(float* row, long p, const Vec& x) {
     store16(row + p * kLanes, x);
@@ -75,6 +78,8 @@ struct Paired {
       }
     }
   }
+
+  PENSTOCK_INLINE static Vec exponential(const Vec& x) { return exp2_coarse(x); }
 
   PENSTOCK_INLINE static void weights(uint32_t* row, long p, const Vec& x) {
     narrow16(x, reinterpret_cast<bf16*>(row) + p * kLanes);
