@@ -7,7 +7,10 @@
 //
 // Products of pairs: an element of y is one chain over all k. x is rounded first, the rows of a tile
 // interleaved, so that a tile reads it from start to end. Panels come once from memory into the second
-// level, where all rows pass them; the rows of a tile stay in the first.
+// level, where all rows pass them; the rows of a tile stay in the first. A few rows are computed by all
+// threads, each with panels of its own. Of many rows each thread has its own, in every product of a
+// layer: what it reads then it wrote itself, and two threads may be far from each other (in caches of
+// different parts of a processor). A thread that is done helps another.
 #include "linear.h"
 
 #include <algorithm>
@@ -25,6 +28,8 @@ constexpr long kBlock = 256;
 constexpr long kRowBlock = 144;     // rows · kBlock floats: 147 KB of the second level
 constexpr long kColumnBlock = 256;  // columns that share a copy of the rows
 constexpr long kPanelBytes = 256 << 10;  // of panels that stay in the second level
+constexpr long kRowsAThread = 48;         // and more: rows are dealt out, not panels
+constexpr long kMostParts = 64;           // of rows
 constexpr long kFewRows = 3 * kMaxRows;  // measured: widening a panel once pays off behind that
 
 // Widens `count` rows of one panel, an even number.
@@ -112,11 +117,11 @@ class Product {
     }
   }
 
-  void run_pairs(const RowGroups& x, Range columns) const {
-    start({0, call_.rows}, columns);
+  void run_pairs(const RowGroups& x, Range groups, Range columns) const {
+    start({x.first(groups.first), x.first(groups.last)}, columns);
     const long panel = call_.inputs * kLanes;
     const bf16* weight = static_cast<const bf16*>(call_.weight) + columns.first / kLanes * panel;
-    for (long g = 0; g < x.count(); g++) {
+    for (long g = groups.first; g < groups.last; g++) {
       multiply_rows(x.size(g), Interleaved{x.at(g)}, 0, weight, panel, call_.inputs,
                     call_.y + x.first(g) * call_.outputs + columns.first, call_.outputs,
                     columns.size(), into(0));
@@ -232,16 +237,28 @@ int linear_of_pairs(const Linear& call, const Source& source) {
   const long unit = panels_for(x.size(0)) * kLanes;
   const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
   const long together = std::max(unit, cached / unit * unit);
+  const long threads = omp_get_max_threads();
+  const long row_parts =
+      std::max(1L, std::min({threads, kMostParts, static_cast<long>(call.rows) / kRowsAThread}));
   const long wanted = std::max((call.outputs + together - 1) / together,
-                               omp_get_max_threads() * kTasksPerThread);
+                               threads * kTasksPerThread / row_parts);
   const long parts = std::min((call.outputs + unit - 1) / unit, wanted);
+  long next[kMostParts] = {};  // of each part of the rows: the columns that nobody has begun
 #pragma omp parallel
   {
-#pragma omp for schedule(static)
-    for (long g = 0; g < x.count(); g++) x.round(g);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (long task = 0; task < parts; task++) {
-      product.run_pairs(x, part(call.outputs, unit, parts, task));
+    const Range own = part(x.count(), 1, omp_get_num_threads(), omp_get_thread_num());
+    for (long g = own.first; g < own.last; g++) x.round(g);
+#pragma omp barrier
+    for (long turn = 0; turn < row_parts; turn++) {
+      const long mine = (omp_get_thread_num() + turn) % row_parts;
+      const Range groups = part(x.count(), 1, row_parts, mine);
+      for (;;) {
+        long task;
+#pragma omp atomic capture
+        task = next[mine]++;
+        if (task >= parts) break;
+        product.run_pairs(x, groups, part(call.outputs, unit, parts, task));
+      }
     }
   }
   return 0;
