@@ -75,7 +75,7 @@ struct State {
 
 // 2^(of - new_maximum): what sums relative to the maximum `of` count for.
 PENSTOCK_INLINE float weight(float of, float new_maximum) {
-  return of == kNone ? 0.0f : exp2_nonpositive(splat(of - new_maximum))[0];
+  return of == kNone ? 0.0f : exp2_nonpositive(splat16(of - new_maximum)).part[0][0];
 }
 
 PENSTOCK_INLINE void scale_row(float* row, long columns, float factor) {

@@ -329,47 +329,40 @@ PENSTOCK_INLINE void pair_rows(const bf16* low, const bf16* high, Bits (&words)[
 
 // --- the exponential --------------------------------------------------------------------------
 
-// 2^x for x <= 0, relative error below 2e-7; exactly 1 at 0, and 0 below -126 and at -infinity.
-// x = n + f with n whole and |f| <= 1/2: 2^f by a polynomial fitted for the least relative error
-// with 1 as its constant, 2^n by adding n to the exponent's bits.
-PENSTOCK_INLINE Native exp2_nonpositive(Native x) {
+// 2^x for x <= 0: x = n + f with n whole and |f| <= 1/2, 2^f by `of`(f), 2^n by adding n to the
+// exponent's bits. Exactly 1 at 0 if `of` is, and 0 below -126 and at -infinity.
+template <class Polynomial>
+PENSTOCK_INLINE Vec exp2_by(const Vec& x, const Polynomial& of) {
   const Native shifter = splat(12582912.0f);  // 1.5 · 2^23: adding it leaves a whole number
-  const Native shifted = x + shifter;
-  const Native f = x - (shifted - shifter);
-  Native p = splat(0x1.5bba14p-10f);
-  p = fma(p, f, splat(0x1.3cea88p-7f));
-  p = fma(p, f, splat(0x1.c6b752p-5f));
-  p = fma(p, f, splat(0x1.ebf9bcp-3f));
-  p = fma(p, f, splat(0x1.62e42ap-1f));
-  p = fma(p, f, splat(1.0f));
-  const Bits scaled = (Bits)p + ((Bits)shifted << 23);
-  return (Native)(scaled & (Bits)(x >= splat(-126.0f)));
+  Vec v;
+  PENSTOCK_EACH(i) {
+    const Native shifted = x.part[i] + shifter;
+    const Bits scaled = (Bits)of(x.part[i] - (shifted - shifter)) + ((Bits)shifted << 23);
+    v.part[i] = (Native)(scaled & (Bits)(x.part[i] >= splat(-126.0f)));
+  }
+  return v;
 }
 
+// Polynomials fitted for the least relative error with 1 as their constant: here below 2e-7.
 PENSTOCK_INLINE Vec exp2_nonpositive(const Vec& x) {
-  Vec v;
-  PENSTOCK_EACH(i) v.part[i] = exp2_nonpositive(x.part[i]);
-  return v;
+  return exp2_by(x, [](Native f) {
+    Native p = splat(0x1.5bba14p-10f);
+    p = fma(p, f, splat(0x1.3cea88p-7f));
+    p = fma(p, f, splat(0x1.c6b752p-5f));
+    p = fma(p, f, splat(0x1.ebf9bcp-3f));
+    p = fma(p, f, splat(0x1.62e42ap-1f));
+    return fma(p, f, splat(1.0f));
+  });
 }
 
-// The same for results that are rounded to bfloat16: a relative error below 2e-4, where rounding to its
-// eight bits makes one of 2e-3.
-PENSTOCK_INLINE Native exp2_coarse(Native x) {
-  const Native shifter = splat(12582912.0f);
-  const Native shifted = x + shifter;
-  const Native f = x - (shifted - shifter);
-  Native p = splat(0x1.c2a218p-5f);
-  p = fma(p, f, splat(0x1.f00c4ep-3f));
-  p = fma(p, f, splat(0x1.62f5fap-1f));
-  p = fma(p, f, splat(1.0f));
-  const Bits scaled = (Bits)p + ((Bits)shifted << 23);
-  return (Native)(scaled & (Bits)(x >= splat(-126.0f)));
-}
-
+// For results that are rounded to bfloat16: below 2e-4, where its eight bits make 2e-3.
 PENSTOCK_INLINE Vec exp2_coarse(const Vec& x) {
-  Vec v;
-  PENSTOCK_EACH(i) v.part[i] = exp2_coarse(x.part[i]);
-  return v;
+  return exp2_by(x, [](Native f) {
+    Native p = splat(0x1.c2a218p-5f);
+    p = fma(p, f, splat(0x1.f00c4ep-3f));
+    p = fma(p, f, splat(0x1.62f5fap-1f));
+    return fma(p, f, splat(1.0f));
+  });
 }
 
 }  // namespace penstock

@@ -112,9 +112,9 @@ def test_any_shape(kernels, kv_heads, group, key_dim, value_dim, form, page_size
     (last,) = world.attend(kernels, [(0, length - 1, 1)], scale, pairs=pairs)
     # q and the weights are rounded to eight bits: an error of 2⁻⁹ in a score of a few units, and in
     # each weight of an average of values of a few units.
-    close = {"atol": 0.05, "rtol": 0.0} if pairs else {"atol": 3e-6, "rtol": 1e-5}
-    torch.testing.assert_close(chunk.double(), exact[first:], **close)
-    torch.testing.assert_close(last.double(), exact[-1:], **close)
+    atol, rtol = (0.05, 0.0) if pairs else (3e-6, 1e-5)
+    torch.testing.assert_close(chunk.double(), exact[first:], atol=atol, rtol=rtol)
+    torch.testing.assert_close(last.double(), exact[-1:], atol=atol, rtol=rtol)
     assert torch.equal(last[0], chunk[-1])
 
 
