@@ -52,7 +52,7 @@ from engine_limits import limit_share
 from engine_worker import ENGINES, Options, Row, Task
 from make_model import ensure_model
 from pairs import take_pair, wait_until_idle
-from vllm_setup import VLLM, ensure_vllm, vllm_environment
+from vllm_setup import add_options, ensure_vllm, vllm_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -300,23 +300,7 @@ def parser() -> argparse.ArgumentParser:
     a("--decode-steps", type=int, default=32, help="timed steps a sample (default: 32)")
     a("--threads", type=int, default=cores(), help="of our engine (default: all cores)")
     a("--chunk-tokens", type=int, default=512, help="our longest prefill step (default: 512)")
-    a(
-        "--wait-policy",
-        choices=["passive", "active"],
-        help="OMP_WAIT_POLICY of both engines: whether a compute thread that waits for the other "
-        "sleeps or spins; passive where other processes want the cores (default: not set)",
-    )
-    a("--kv-gib", type=int, default=3, help="KV memory of each engine, GiB (default: 3)")
-    a("--vllm-python", type=Path, help=f"an interpreter that has {VLLM} (default: install it)")
-    a("--model", type=Path, default=CACHE / "qwen3-210m", help="written if it is missing")
-    a(
-        "--wait-for-calm",
-        type=float,
-        default=0,
-        metavar="SECONDS",
-        help="wait at most so long "
-        "before each pair for other processes to leave the cores alone (default: 0)",
-    )
+    add_options(p)
     a("--timeout", type=float, default=1800, help="of one sample or start, s (default: 1800)")
     a("--out", type=Path, default=RESULTS / "engine_vs_vllm.json", help="raw results")
     return p

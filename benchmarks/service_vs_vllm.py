@@ -68,7 +68,7 @@ from completions import arrivals, ask, run_client, text
 from make_model import CONFIG, ensure_model
 from pairs import take_pair
 from servers import SERVERS, Options, Server
-from vllm_setup import VLLM, ensure_vllm
+from vllm_setup import add_options, ensure_vllm
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -378,28 +378,12 @@ def parser() -> argparse.ArgumentParser:
         help="longest prompt plus answer of both; mixed load streams until then (default: the "
         "longest prompt, 16384 at least)",
     )
-    a("--kv-gib", type=int, default=3, help="KV memory of each, GiB (default: 3)")
     a(
         "--chunk-tokens",
         type=int,
         help="most tokens of a prompt in one step of both (default: each one's own)",
     )
-    a(
-        "--wait-policy",
-        choices=["passive", "active"],
-        help="OMP_WAIT_POLICY of both: whether a compute thread that waits for the other sleeps "
-        "or spins (default: not set)",
-    )
-    a("--vllm-python", type=Path, help=f"an interpreter that has {VLLM} (default: install it)")
-    a("--model", type=Path, default=CACHE / "qwen3-210m", help="written if it is missing")
-    a(
-        "--wait-for-calm",
-        type=float,
-        default=0,
-        metavar="SECONDS",
-        help="wait at most so long before each pair and start for other processes to leave the "
-        "cores alone (default: 0)",
-    )
+    add_options(p)
     a("--timeout", type=float, default=1800, help="of one sample, s (default: 1800)")
     a("--out", type=Path, default=RESULTS / "service_vs_vllm.json", help="raw results")
     return p

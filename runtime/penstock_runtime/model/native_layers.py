@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from penstock_runtime.attention.paged_native import PagedNativeAttention
     from penstock_runtime.kernels.native import Kernels
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.layers import DecoderLayer
@@ -23,15 +24,19 @@ if TYPE_CHECKING:
 
 
 def native_layers(
-    kernels: Kernels, layers: Sequence[DecoderLayer], config: ModelConfig, dtype: torch.dtype
+    kernels: Kernels,
+    layers: Sequence[DecoderLayer],
+    attention: PagedNativeAttention,
+    config: ModelConfig,
+    dtype: torch.dtype,
 ) -> NativeLayers:
-    """Return layers that were made of `NativeOperators`, as one."""
+    """Return layers that were made of `NativeOperators`, and their attention, as one."""
     shape = LayersShape(
         heads=config.heads,
         head_dim=config.head_dim,
         epsilon=config.norm_eps,
         dtype=dtype,
-        round_inputs=kernels.multiplies_bfloat16,
+        round_inputs=attention.round_inputs,
     )
     return NativeLayers(kernels, [_weights(layer) for layer in layers], shape)
 

@@ -140,7 +140,7 @@ class Transformer:
                 and ranks.size == 1
                 and isinstance(attention, PagedNativeAttention)
             ):
-                whole = native_layers(native, decoder_layers, local, dtype)
+                whole = native_layers(native, decoder_layers, attention, local, dtype)
             return cls(
                 local,
                 dtype=dtype,
