@@ -3,12 +3,12 @@
 Such memory is read faster in pages of 2 MiB: with the usual 4 KiB the processor looks an address up
 every few dozen cache lines, and on a virtual machine each look-up reads two tables. Linux gives
 large pages on request (`madvise`) where the machine's setting is `madvise` or `always`, as it
-mostly is; a refusal changes nothing but speed.
+mostly is; a refusal changes nothing but speed. It gives them when memory is first touched, so it is
+mapped anew: what an allocator hands out again is in small pages already.
 """
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 
 import torch
@@ -18,23 +18,25 @@ _HUGE = 2 * 2**20
 
 
 def large_empty(elements: int, dtype: torch.dtype, alignment: int = 64) -> torch.Tensor:
-    """Return uninitialised host memory that starts on a border of `alignment` bytes.
+    """Return host memory of undefined content that starts on a border of `alignment` bytes.
 
-    It asks for large pages, unless it is less than a few of them: there nothing is gained.
+    It is in large pages if it fills one, where the machine gives them.
     """
     size = elements * dtype.itemsize
-    large = size >= 4 * _HUGE
-    border = _HUGE if large else alignment
-    memory = torch.empty(elements + border // dtype.itemsize, dtype=dtype)
-    offset = -memory.data_ptr() % border // dtype.itemsize
-    used = memory[offset : offset + elements]
-    if large:
-        _advise_huge(used.data_ptr(), size)
+    if size < _HUGE:
+        memory = torch.empty(elements + alignment // dtype.itemsize, dtype=dtype)
+        return _from_border(memory, alignment, elements)
+    # Private: the usual shared mapping would be a file's, in small pages.
+    mapping = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(mapping, dtype=dtype)
+    used = _from_border(memory, _HUGE, elements)
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None:
+        # Whole pages only: the rest of the last one would be memory that nothing is in.
+        mapping.madvise(advice, used.data_ptr() - memory.data_ptr(), size // _HUGE * _HUGE)
     return used
 
 
-def _advise_huge(address: int, size: int) -> None:
-    """Ask for large pages. The answer does not matter: see above."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is not None:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
+def _from_border(memory: torch.Tensor, border: int, elements: int) -> torch.Tensor:
+    offset = -memory.data_ptr() % border // memory.itemsize
+    return memory[offset : offset + elements]

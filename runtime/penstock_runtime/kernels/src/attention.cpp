@@ -353,15 +353,21 @@ class Kernel {
   template <class Format>
   void score(int group, const typename Format::Factor* q, const typename Format::Panel* keys,
              long tokens, float* scores) const {
-    multiply_rows(group, q, factors<Format>(kv_.key_dim), keys, kLanes * kv_.key_dim, kv_.key_dim,
-                  scores, kKeyBlock, tokens, Into::store);
+    const Panels<typename Format::Panel, 1> panels{keys, kLanes * kv_.key_dim};
+    multiply_rows(group, q, factors<Format>(kv_.key_dim), panels, kv_.key_dim, scores, kKeyBlock,
+                  tokens, Into::store);
+  }
+
+  template <class Format>
+  static Panels<typename Format::Panel, 1> packed_values(const Buffers<Format>& at) {
+    return {at.values, kLanes * kKeyBlock};
   }
 
   // Adds `count` values, weighted, to the sums of `group` rows.
   template <class Format, class Values>
-  void add_values(int group, const typename Format::Factor* weights, Values values, long panel,
-                  long count, float* out) const {
-    multiply_rows(group, weights, factors<Format>(kKeyBlock), values, panel,
+  void add_values(int group, const typename Format::Factor* weights, Values values, long count,
+                  float* out) const {
+    multiply_rows(group, weights, factors<Format>(kKeyBlock), values,
                   round_up(count, Format::kPerFactor), out, columns_, columns_, Into::continue_);
   }
 
@@ -398,11 +404,9 @@ class Kernel {
       const auto* weights = at.weights + row * factors<Format>(kKeyBlock);
       float* out = sums.out + row * columns_;
       if (kv_.value_dim % kLanes) {
-        add_values<Format>(group, weights, static_cast<const typename Format::Panel*>(at.values),
-                           kLanes * kKeyBlock, rows.count, out);
+        add_values<Format>(group, weights, packed_values<Format>(at), rows.count, out);
       } else {
-        add_values<Format>(group, weights, Natural<T>{rows.values, 0, &values}, kLanes,
-                           rows.count, out);
+        add_values<Format>(group, weights, Natural<T>{rows.values, 0, &values}, rows.count, out);
       }
     });
   }
@@ -424,8 +428,8 @@ class Kernel {
       score<Format>(group, q + row * factors<Format>(kv_.key_dim), at.keys, panels * kLanes,
                     at.scores);
       softmax<Format>(task, first, row, group, panels, at, sums);
-      add_values<Format>(group, at.weights, static_cast<const typename Format::Panel*>(at.values),
-                         kLanes * kKeyBlock, count, sums.out + row * columns_);
+      add_values<Format>(group, at.weights, packed_values<Format>(at), count,
+                         sums.out + row * columns_);
     });
   }
 

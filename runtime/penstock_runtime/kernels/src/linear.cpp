@@ -7,10 +7,10 @@
 //
 // Products of pairs: an element of y is one chain over all k. x is rounded first, the rows of a tile
 // interleaved, so that a tile reads it from start to end. Panels come once from memory into the second
-// level, where all rows pass them; the rows of a tile stay in the first. A few rows are computed by all
-// threads, each with panels of its own. Of many rows each thread has its own, in every product of a
-// layer: what it reads then it wrote itself, and two threads may be far from each other (in caches of
-// different parts of a processor). A thread that is done helps another.
+// level, where all rows pass them; the rows of a tile stay in the first. Of many rows each thread has
+// its own, in every product of a layer: what it reads then it wrote itself, and two threads may be far
+// from each other (in caches of different parts of a processor). Of a few rows it has some columns, the
+// same in every layer: where they go is in its own cache. A thread that is done helps another.
 #include "linear.h"
 
 #include <algorithm>
@@ -29,17 +29,25 @@ constexpr long kRowBlock = 144;     // rows · kBlock floats: 147 KB of the seco
 constexpr long kColumnBlock = 256;  // columns that share a copy of the rows
 constexpr long kPanelBytes = 256 << 10;  // of panels that stay in the second level
 constexpr long kRowsAThread = 48;         // and more: rows are dealt out, not panels
-constexpr long kMostParts = 64;           // of rows
+constexpr long kMostShares = 64;
 constexpr long kFewRows = 3 * kMaxRows;  // measured: widening a panel once pays off behind that
 
-// Widens `count` rows of one panel, an even number.
-void widen_panel(const bf16* panel, long count, float* to) {
+// Copies the first `count` rows of one panel, an even number, as float32.
+void copy_panel(Packed<bf16> panel, long count, float* to) {
+  const bf16* first = panel.first();
   for (long k = 0; k < count; k += 2) {
     PENSTOCK_EACH(i) {
-      const Bits words = load_bits(panel + k * kLanes + i * 2 * kWidth);
+      const Bits words = load_bits(first + panel.offset(0, k / 2) + i * 2 * kWidth);
       store(to + k * kLanes + i * kWidth, low_half(words));
       store(to + (k + 1) * kLanes + i * kWidth, high_half(words));
     }
+  }
+}
+
+void copy_panel(Packed<float> panel, long count, float* to) {
+  const float* first = panel.first();
+  for (long k = 0; k < count; k++) {
+    store16(to + k * kLanes, load16(first + panel.offset(0, k)));
   }
 }
 
@@ -61,41 +69,43 @@ struct Workspace {
   static constexpr size_t kFloats = kRowBlock * kBlock + kBlock * kLanes;
 };
 
-// The rows of x in words of two bfloat16, those of one tile interleaved.
+// The rows of x in words of two bfloat16, those of one tile interleaved: groups, as many in each of
+// `parts`.
 struct RowGroups {
-  const Source& x;
-  long rows, inputs;
+  Source x;
+  long rows, inputs, parts;
   uint32_t* words;
 
-  long count() const { return (rows + kMaxRows - 1) / kMaxRows; }
+  long count() const { return (rows + parts * kMaxRows - 1) / (parts * kMaxRows) * parts; }
   long first(long group) const { return rows * group / count(); }
   int size(long group) const { return static_cast<int>(first(group + 1) - first(group)); }
   uint32_t* at(long group) const { return words + first(group) * (inputs / 2); }
 
-  void round(long group) const {
+  // Rounds the columns `of` of a group, a part of them whose first is a multiple of 16.
+  void round(long group, Range of) const {
     for (int r = 0; r < size(group); r++) {
       const float* row = x.rows + (first(group) + r) * x.stride;
       switch (x.made) {
         case Made::as_is:
-          round_row(group, r, [&](long k) { return load_some(row + k, inputs - k); });
+          round_row(group, r, of, [&](long k) { return load_some(row + k, inputs - k); });
           break;
         case Made::normed: {
           const float inverse = inverse_rms(row, inputs, x.epsilon);
-          round_row(group, r, [&](long k) { return normed(row, inverse, x.norm, k, inputs); });
+          round_row(group, r, of, [&](long k) { return normed(row, inverse, x.norm, k, inputs); });
           break;
         }
         case Made::gated:
-          round_row(group, r, [&](long k) { return gated(row, k, inputs); });
+          round_row(group, r, of, [&](long k) { return gated(row, k, inputs); });
       }
     }
   }
 
  private:
   template <class Lanes>
-  PENSTOCK_INLINE void round_row(long group, int r, const Lanes& lanes) const {
+  PENSTOCK_INLINE void round_row(long group, int r, Range of, const Lanes& lanes) const {
     const long step = size(group);
     uint32_t* to = at(group) + r;
-    for (long k = 0; k < inputs; k += kLanes) {
+    for (long k = of.first; k < of.last; k += kLanes) {
       uint32_t pairs[kLanes / 2];
       narrow16(lanes(k), reinterpret_cast<bf16*>(pairs));
       const long count = std::min<long>(kLanes, inputs - k) / 2;
@@ -119,23 +129,29 @@ class Product {
 
   void run_pairs(const RowGroups& x, Range groups, Range columns) const {
     start({x.first(groups.first), x.first(groups.last)}, columns);
-    const long panel = call_.inputs * kLanes;
-    const bf16* weight = static_cast<const bf16*>(call_.weight) + columns.first / kLanes * panel;
+    const auto weight = packed<bf16>() + columns.first / kLanes;
     for (long g = groups.first; g < groups.last; g++) {
-      multiply_rows(x.size(g), Interleaved{x.at(g)}, 0, weight, panel, call_.inputs,
+      // The last rows find all panels in the second level, and ask for those that come next.
+      const bool last = g > groups.first && g + 1 == groups.last;
+      multiply_rows(x.size(g), Interleaved{x.at(g)}, 0,
+                    last ? weight.asking(columns.size() / kLanes) : weight, call_.inputs,
                     call_.y + x.first(g) * call_.outputs + columns.first, call_.outputs,
                     columns.size(), into(0));
     }
   }
 
  private:
-  template <class B>
+  template <class T>
+  Packed<T> packed() const {
+    return {static_cast<const T*>(call_.weight), call_.inputs * kLanes};
+  }
+
+  template <class T>
   void run(Range rows, Range columns, const Workspace& work) const {
-    const B* weight = static_cast<const B*>(call_.weight);
     if (rows.size() <= kFewRows) {
-      few_rows(weight, rows, columns);
+      few_rows(packed<T>(), rows, columns);
     } else {
-      many_rows(weight, rows, columns, work);
+      many_rows(packed<T>(), rows, columns, work);
     }
   }
 
@@ -156,9 +172,8 @@ class Product {
 
   // Memory is the limit: panels are read once, from start to end, as many at a time as a tile has,
   // and used while they are in the first level.
-  template <class B>
-  void few_rows(const B* weight, Range rows, Range columns) const {
-    const long panel = call_.inputs * kLanes;
+  template <class T>
+  void few_rows(Packed<T> weight, Range rows, Range columns) const {
     const long groups = (rows.size() + kMaxRows - 1) / kMaxRows;
     const long together = panels_for((rows.size() + groups - 1) / groups) * kLanes;
     for (long n = columns.first; n < columns.last; n += together) {
@@ -167,18 +182,17 @@ class Product {
         for_row_groups(rows.size(), [&](long first, int group) {
           const long m = rows.first + first;
           multiply_rows(group, call_.x + m * call_.x_stride + k, call_.x_stride,
-                        weight + n / kLanes * panel + k * kLanes, panel,
-                        std::min(kBlock, call_.inputs - k), call_.y + m * call_.outputs + n,
-                        call_.outputs, count, into(k));
+                        weight.below(k) + n / kLanes, std::min(kBlock, call_.inputs - k),
+                        call_.y + m * call_.outputs + n, call_.outputs, count, into(k));
         });
       }
     }
   }
 
   // Arithmetic is the limit: a block of x is copied next to each other and stays in the second level
-  // while all panels pass, each widened once into the first level.
-  template <class B>
-  void many_rows(const B* weight, Range rows, Range columns, const Workspace& work) const {
+  // while all panels pass, each copied once into the first level.
+  template <class T>
+  void many_rows(Packed<T> weight, Range rows, Range columns, const Workspace& work) const {
     for (long k = 0; k < call_.inputs; k += kBlock) {
       const long depth = std::min(kBlock, call_.inputs - k);
       for (long m = 0; m < rows.size(); m++) {
@@ -187,10 +201,10 @@ class Product {
       }
       for (long n = columns.first; n < columns.last; n += kLanes) {
         const long count = std::min<long>(kLanes, columns.last - n);
-        const float* panel =
-            block_of(weight + (n / kLanes * call_.inputs + k) * kLanes, depth, work);
+        copy_panel(weight.below(k) + n / kLanes, depth, work.panel);
+        const Panels<float, 1> panel{work.panel, depth * kLanes};
         for_row_groups(rows.size(), [&](long first, int group) {
-          multiply_rows(group, work.rows + first * kBlock, kBlock, panel, 0, depth,
+          multiply_rows(group, work.rows + first * kBlock, kBlock, panel, depth,
                         call_.y + (rows.first + first) * call_.outputs + n, call_.outputs, count,
                         into(k));
         });
@@ -198,22 +212,34 @@ class Product {
     }
   }
 
-  static const float* block_of(const float* panel, long, const Workspace&) { return panel; }
-  static const float* block_of(const bf16* panel, long depth, const Workspace& work) {
-    widen_panel(panel, depth, work.panel);
-    return work.panel;
-  }
-
-  const Linear& call_;
+  Linear call_;
 };
+
+// Calls word(output, row, to) for everything in packed panels, those behind the last output too.
+template <class T, class Word>
+void pack(long outputs, long inputs, T* packed, const Word& word) {
+  constexpr long kInWord = sizeof(float) / sizeof(T);
+  const Packed<T> all{packed, inputs * kLanes};
+  const long panels = penstock_packed_elements(outputs, inputs) / all.elements;
+#pragma omp parallel for schedule(static)
+  for (long p = 0; p < panels; p++) {
+    const Packed<T> panel = all + p;
+    T* to = packed + (panel.first() - packed);
+    for (long row = 0; row < inputs / kInWord; row++) {
+      for (long n = 0; n < kLanes; n++) {
+        word(p * kLanes + n, row, to + panel.offset(0, row) + n * kInWord);
+      }
+    }
+  }
+}
 
 int linear_of_floats(const Linear& call) {
   const long threads = omp_get_max_threads();
   const long row_parts = (call.rows + kRowBlock - 1) / kRowBlock;
-  const long panels = (call.outputs + kLanes - 1) / kLanes;
+  const long most = (call.outputs + kPackedColumns - 1) / kPackedColumns;
   const long wanted = std::max((call.outputs + kColumnBlock - 1) / kColumnBlock,
                                (threads * kTasksPerThread + row_parts - 1) / row_parts);
-  const long column_parts = std::min(panels, wanted);
+  const long column_parts = std::min(most, wanted);
   static thread_local Scratch scratch;
   float* workspaces = scratch.take<float>(Workspace::kFloats * threads);
   if (workspaces == nullptr) return 1;
@@ -222,42 +248,60 @@ int linear_of_floats(const Linear& call) {
   for (long task = 0; task < row_parts * column_parts; task++) {
     float* mine = workspaces + Workspace::kFloats * omp_get_thread_num();
     product.run(part(call.rows, 1, row_parts, task % row_parts),
-                part(call.outputs, kLanes, column_parts, task / row_parts),
+                part(call.outputs, kPackedColumns, column_parts, task / row_parts),
                 {mine, mine + kRowBlock * kBlock});
   }
   return 0;
 }
 
+// What a thread computes before it helps others: some rows, or some columns of all rows.
+struct alignas(kLine) Share {
+  Range groups, columns;
+  long tasks;      // that the columns are cut into
+  long first;      // where they are begun: nobody reads what another is just reading
+  long begun = 0;  // of them
+};
+
 int linear_of_pairs(const Linear& call, const Source& source) {
   static thread_local Scratch rounded;
   uint32_t* words = rounded.take<uint32_t>(static_cast<size_t>(call.rows) * call.inputs / 2);
   if (words == nullptr) return 1;
-  const RowGroups x{source, call.rows, call.inputs, words};
-  const Product product(call);
-  const long unit = panels_for(x.size(0)) * kLanes;
+  const long threads = omp_get_max_threads();
+  const long most = std::min(threads, kMostShares);
+  const long row_parts = std::clamp(static_cast<long>(call.rows) / kRowsAThread, 1L, most);
+  const long column_parts = most / row_parts;
+  const RowGroups x{source, call.rows, call.inputs, row_parts, words};
+  // Few groups are rounded in parts.
+  const long cuts = std::max(1L, threads / x.count());
+
+  const long unit = std::max<long>(panels_for(x.size(0)) * kLanes, kPackedColumns);
   const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
   const long together = std::max(unit, cached / unit * unit);
-  const long threads = omp_get_max_threads();
-  const long row_parts =
-      std::max(1L, std::min({threads, kMostParts, static_cast<long>(call.rows) / kRowsAThread}));
-  const long wanted = std::max((call.outputs + together - 1) / together,
-                               threads * kTasksPerThread / row_parts);
-  const long parts = std::min((call.outputs + unit - 1) / unit, wanted);
-  long next[kMostParts] = {};  // of each part of the rows: the columns that nobody has begun
-#pragma omp parallel
+  Share shares[kMostShares];
+  const long count = row_parts * column_parts;
+  for (long i = 0; i < count; i++) {
+    const Range columns = part(call.outputs, unit, column_parts, i / row_parts);
+    const long wanted = std::max((columns.size() + together - 1) / together, kTasksPerThread);
+    const long tasks = std::min((columns.size() + unit - 1) / unit, wanted);
+    shares[i] = {part(x.count(), 1, row_parts, i % row_parts), columns, tasks, tasks * i / count};
+  }
+#pragma omp parallel firstprivate(x)
   {
-    const Range own = part(x.count(), 1, omp_get_num_threads(), omp_get_thread_num());
-    for (long g = own.first; g < own.last; g++) x.round(g);
-#pragma omp barrier
-    for (long turn = 0; turn < row_parts; turn++) {
-      const long mine = (omp_get_thread_num() + turn) % row_parts;
-      const Range groups = part(x.count(), 1, row_parts, mine);
+    const Product product(call);
+#pragma omp for schedule(static)
+    for (long i = 0; i < x.count() * cuts; i++) {
+      x.round(i / cuts, part(call.inputs, kLanes, cuts, i % cuts));
+    }
+    for (long turn = 0; turn < count; turn++) {
+      Share& share = shares[(omp_get_thread_num() + turn) % count];
       for (;;) {
         long task;
 #pragma omp atomic capture
-        task = next[mine]++;
-        if (task >= parts) break;
-        product.run_pairs(x, groups, part(call.outputs, unit, parts, task));
+        task = share.begun++;
+        if (task >= share.tasks) break;
+        const long at = (share.first + task) % share.tasks;
+        const Range columns = share.columns, of = part(columns.size(), unit, share.tasks, at);
+        product.run_pairs(x, share.groups, {columns.first + of.first, columns.first + of.last});
       }
     }
   }
@@ -291,38 +335,21 @@ int linear(Linear call, const Source& source) {
 using namespace penstock;
 
 int64_t penstock_packed_elements(int64_t outputs, int64_t inputs) {
-  return (outputs + kLanes - 1) / kLanes * kLanes * inputs;
+  return (outputs + kPackedColumns - 1) / kPackedColumns * kPackedColumns * inputs;
 }
 
 void penstock_pack_f32(const float* weight, int64_t outputs, int64_t inputs, float* packed) {
-  const long panels = (outputs + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static)
-  for (long p = 0; p < panels; p++) {
-    float* to = packed + p * inputs * kLanes;
-    for (long k = 0; k < inputs; k++) {
-      for (long n = 0; n < kLanes; n++) {
-        const long output = p * kLanes + n;
-        to[k * kLanes + n] = output < outputs ? weight[output * inputs + k] : 0.0f;
-      }
-    }
-  }
+  pack<float>(outputs, inputs, packed, [&](long output, long k, float* to) {
+    *to = output < outputs ? weight[output * inputs + k] : 0.0f;
+  });
 }
 
 void penstock_pack_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs, uint16_t* packed) {
-  const long panels = (outputs + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static)
-  for (long p = 0; p < panels; p++) {
-    uint16_t* to = packed + p * inputs * kLanes;
-    for (long k = 0; k < inputs; k += 2) {
-      for (long n = 0; n < kLanes; n++) {
-        const long output = p * kLanes + n;
-        const uint16_t* from = weight + output * inputs + k;
-        uint16_t* pair = to + k * kLanes + 2 * n;
-        pair[0] = output < outputs ? from[0] : 0;
-        pair[1] = output < outputs ? from[1] : 0;
-      }
-    }
-  }
+  pack<bf16>(outputs, inputs, packed, [&](long output, long k, bf16* to) {
+    const uint16_t* from = weight + output * inputs + 2 * k;
+    to[0] = output < outputs ? from[0] : 0;
+    to[1] = output < outputs ? from[1] : 0;
+  });
 }
 
 int penstock_linear(const Linear* call) {

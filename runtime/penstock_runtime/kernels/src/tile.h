@@ -1,10 +1,10 @@
 // The matrix product's inner loops: a few rows of A times a few panels of B, in registers.
 //
-// B lies in panels of 16 columns:
-//   float     [panel][k][16]
-//   bf16      [panel][k / 2][16][2]     two consecutive k of one column are one 32-bit word
-// A's rows are float, or words of two bfloat16 where the product of pairs is used; those of one tile
-// may be interleaved.
+// B lies in panels of 16 columns, as many side by side as `kTogether` says:
+//   float     [panel / kTogether][k][panel % kTogether][16]
+//   bf16      [panel / kTogether][k / 2][panel % kTogether][16][2]
+// where two consecutive k of one column are one 32-bit word. A's rows are float, or words of two
+// bfloat16 where the product of pairs is used; those of one tile may be interleaved.
 //
 // Every element of C is one chain of fused multiply-adds over k in rising order, whatever the number
 // of rows and panels beside it: so a row's bits do not depend on the batch. A caller that splits k
@@ -38,21 +38,54 @@ struct Accumulators {
   Native at[R][P * kParts];
 };
 
-// How far ahead weights are asked for, in elements: 2 KB. Reading memory takes as long as a few dozen
-// steps of a product.
-constexpr long kAhead = 1024;
+// Panels in memory. Those of a matrix that is read from memory lie two together: what a tile reads is
+// then one run of addresses, which the processor reads ahead further than two.
+template <class T, int kTogether>
+struct Panels {
+  // Elements of a panel in one row, of one k or of two.
+  static constexpr long kRow = kLanes * (sizeof(float) / sizeof(T));
+
+  const T* base;   // of panel 0
+  long elements;   // of a panel: 16 · the k's of B
+  long index = 0;  // of the panel that comes first here
+  // What is asked for meanwhile: so far behind what is read. A few dozen rows, since reading memory
+  // takes as long as a few dozen steps of a product.
+  long ahead = 32 * kTogether * kRow;
+
+  Panels operator+(long panels) const { return {base, elements, index + panels, ahead}; }
+  // The same from row k on.
+  Panels below(long k) const { return {base + k * kLanes * kTogether, elements, index, ahead}; }
+  // The same, asking for what lies so many panels behind.
+  Panels asking(long panels) const { return {base, elements, index, panels * elements}; }
+
+  PENSTOCK_INLINE const T* first() const {
+    return base + index / kTogether * kTogether * elements + index % kTogether * kRow;
+  }
+  // From `first` to row `row` of the panel `panel` behind it. Known when compiled but for two values;
+  // right if `index` is a multiple of kTogether, or `panel` is 0.
+  PENSTOCK_INLINE long offset(int panel, long row) const {
+    return panel / kTogether * kTogether * elements + panel % kTogether * kRow +
+           row * kTogether * kRow;
+  }
+};
+
+template <class T>
+using Packed = Panels<T, 2>;
+constexpr int kPackedColumns = 2 * kLanes;
+
+constexpr long kAheadWords = 512;  // of x, asked for ahead
 
 #define PENSTOCK_ROWS _Pragma("GCC unroll 12") for (int r = 0; r < R; r++)
 #define PENSTOCK_COLUMNS _Pragma("GCC unroll 8") for (int c = 0; c < P * kParts; c++)
 
-// `panel`: elements from one panel of b to the next. `stride`: elements from one row of a to the
-// next.
-template <int R, int P>
-PENSTOCK_INLINE void multiply(const float* a, long stride, const float* b, long panel, long k,
+// `stride`: elements from one row of a to the next.
+template <int R, int P, int G>
+PENSTOCK_INLINE void multiply(const float* a, long stride, Panels<float, G> b, long k,
                               Accumulators<R, P>& acc) {
+  const float* first = b.first();
   for (long i = 0; i < k; i++) {
     Native column[P * kParts];
-    PENSTOCK_COLUMNS column[c] = load(b + c / kParts * panel + i * kLanes + c % kParts * kWidth);
+    PENSTOCK_COLUMNS column[c] = load(first + b.offset(c / kParts, i) + c % kParts * kWidth);
     PENSTOCK_ROWS {
       const Native x = splat(a[r * stride + i]);
       PENSTOCK_COLUMNS acc.at[r][c] = fma(x, column[c], acc.at[r][c]);
@@ -60,17 +93,18 @@ PENSTOCK_INLINE void multiply(const float* a, long stride, const float* b, long 
   }
 }
 
-template <int R, int P>
-PENSTOCK_INLINE void multiply(const float* a, long stride, const bf16* b, long panel, long k,
+template <int R, int P, int G>
+PENSTOCK_INLINE void multiply(const float* a, long stride, Panels<bf16, G> b, long k,
                               Accumulators<R, P>& acc) {
+  const bf16* first = b.first();
   for (long i = 0; i < k; i += 2) {
     Bits words[P * kParts];
     // A line of each panel: what lies behind this block is read next.
     _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
-      __builtin_prefetch(b + p * panel + i * kLanes + kAhead, 0, 3);
+      __builtin_prefetch(first + b.offset(p, i / 2) + b.ahead, 0, 3);
     }
     PENSTOCK_COLUMNS words[c] =
-        load_bits(b + c / kParts * panel + i * kLanes + c % kParts * 2 * kWidth);
+        load_bits(first + b.offset(c / kParts, i / 2) + c % kParts * 2 * kWidth);
     PENSTOCK_ROWS {
       const Native x = splat(a[r * stride + i]);
       PENSTOCK_COLUMNS acc.at[r][c] = fma(x, low_half(words[c]), acc.at[r][c]);
@@ -94,27 +128,28 @@ PENSTOCK_INLINE void add_pairs(const X& x, const Bits (&words)[P * kParts],
 // Measured: for a few rows the processor itself reads ahead well enough.
 constexpr int kRowsThatRead = 4;
 
-template <int R, int P, class X>
-PENSTOCK_INLINE void multiply_pairs(const X& x, const bf16* b, long panel, long k,
+template <int R, int P, int G, class X>
+PENSTOCK_INLINE void multiply_pairs(const X& x, Panels<bf16, G> b, long k,
                                     Accumulators<R, P>& acc) {
+  const bf16* first = b.first();
   for (long i = 0; i < k / 2; i++) {
     Bits words[P * kParts];
     if constexpr (R > kRowsThatRead) {
       _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
-        __builtin_prefetch(b + p * panel + i * 2 * kLanes + kAhead, 0, 3);
+        __builtin_prefetch(first + b.offset(p, i) + b.ahead, 0, 3);
       }
     }
     PENSTOCK_COLUMNS words[c] =
-        load_bits(b + c / kParts * panel + i * 2 * kLanes + c % kParts * 2 * kWidth);
+        load_bits(first + b.offset(c / kParts, i) + c % kParts * 2 * kWidth);
     add_pairs<R, P>([&](int r) { return x(r, i); }, words, acc);
   }
 }
 
 // a: words of two bfloat16; stride in words.
-template <int R, int P>
-PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, const bf16* b, long panel, long k,
+template <int R, int P, int G>
+PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Panels<bf16, G> b, long k,
                               Accumulators<R, P>& acc) {
-  multiply_pairs<R, P>([&](int r, long i) { return a[r * stride + i]; }, b, panel, k, acc);
+  multiply_pairs<R, P>([&](int r, long i) { return a[r * stride + i]; }, b, k, acc);
 }
 
 // Words of two bfloat16 of all rows of a tile, side by side.
@@ -122,14 +157,14 @@ struct Interleaved {
   const uint32_t* words;
 };
 
-template <int R, int P>
-PENSTOCK_INLINE void multiply(Interleaved a, long, const bf16* b, long panel, long k,
+template <int R, int P, int G>
+PENSTOCK_INLINE void multiply(Interleaved a, long, Panels<bf16, G> b, long k,
                               Accumulators<R, P>& acc) {
   const auto word = [&](int r, long i) {
-    if (R > kRowsThatRead && r == 0) __builtin_prefetch(a.words + i * R + kAhead / 2, 0, 3);
+    if (R > kRowsThatRead && r == 0) __builtin_prefetch(a.words + i * R + kAheadWords, 0, 3);
     return a.words[i * R + r];
   };
-  multiply_pairs<R, P>(word, b, panel, k, acc);
+  multiply_pairs<R, P>(word, b, k, acc);
 }
 
 // Rows that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a
@@ -154,18 +189,18 @@ class Ahead {
   long bytes_;
 };
 
-// B as it lies in pages: row k begins at rows[k] + column. Its panels are 16 elements apart.
+// B as it lies in pages: row k begins at rows[k] + column.
 template <class T>
 struct Natural {
   const T* const* rows;
   long column;
   Ahead<T>* ahead;  // asked for on the way
 
-  Natural operator+(long elements) const { return {rows, column + elements, ahead}; }
+  Natural operator+(long panels) const { return {rows, column + panels * kLanes, ahead}; }
 };
 
 template <int R, int P, class T>
-PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long, long k,
+PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long k,
                               Accumulators<R, P>& acc) {
   for (long i = 0; i < k; i++) {
     b.ahead->ask(1);
@@ -182,7 +217,7 @@ PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long, l
 }
 
 template <int R, int P>
-PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Natural<bf16> b, long, long k,
+PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Natural<bf16> b, long k,
                               Accumulators<R, P>& acc) {
   for (long i = 0; i < k / 2; i++) {
     b.ahead->ask(2);
@@ -195,8 +230,8 @@ PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Natural<bf16> b, l
 // R rows of C, the first `columns` elements of each; more than (P - 1) · 16 of them, at most P · 16.
 // Into::continue_ wants all P · 16.
 template <int R, int P, class A, class B>
-void tile(A a, long a_stride, B b, long panel, long k, float* c_first, long c_stride,
-          long columns, Into into) {
+void tile(A a, long a_stride, B b, long k, float* c_first, long c_stride, long columns,
+          Into into) {
   Accumulators<R, P> acc;
   if (into == Into::continue_) {
     PENSTOCK_ROWS PENSTOCK_COLUMNS acc.at[r][c] = load(c_first + r * c_stride + c * kWidth);
@@ -209,7 +244,7 @@ void tile(A a, long a_stride, B b, long panel, long k, float* c_first, long c_st
       __builtin_prefetch(c_first + r * c_stride + p * kLanes, 1, 3);
     }
   }
-  multiply<R, P>(a, a_stride, b, panel, k, acc);
+  multiply<R, P>(a, a_stride, b, k, acc);
   if (columns < P * kLanes) {
     // Unrolled like all else here: an accumulator that is found by a variable would live in memory.
     PENSTOCK_ROWS {
@@ -229,31 +264,30 @@ void tile(A a, long a_stride, B b, long panel, long k, float* c_first, long c_st
 }
 
 template <int R, int P, class A, class B>
-void row_of_tiles(A a, long a_stride, B b, long panel, long k, float* c, long c_stride,
-                  long columns, Into into) {
+void row_of_tiles(A a, long a_stride, B b, long k, float* c, long c_stride, long columns,
+                  Into into) {
   long n = 0;
   for (; columns - n > (P - 1) * kLanes; n += P * kLanes) {
-    tile<R, P>(a, a_stride, b + n / kLanes * panel, panel, k, c + n, c_stride,
+    tile<R, P>(a, a_stride, b + n / kLanes, k, c + n, c_stride,
                columns - n < P * kLanes ? columns - n : P * kLanes, into);
   }
   if constexpr (P > 1) {
     if (n < columns) {
-      row_of_tiles<R, P / 2>(a, a_stride, b + n / kLanes * panel, panel, k, c + n, c_stride,
-                             columns - n, into);
+      row_of_tiles<R, P / 2>(a, a_stride, b + n / kLanes, k, c + n, c_stride, columns - n, into);
     }
   }
 }
 
 // `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. A is a pointer to the
-// first row, or Interleaved; B is a pointer to panels, or Natural.
+// first row, or Interleaved; B is Panels, or Natural.
 template <class A, class B>
-void multiply_rows(int rows, A a, long a_stride, B b, long panel, long k, float* c, long c_stride,
-                   long columns, Into into) {
+void multiply_rows(int rows, A a, long a_stride, B b, long k, float* c, long c_stride, long columns,
+                   Into into) {
   switch (rows) {
 #define PENSTOCK_CASE(R)                                                                     \
   case R:                                                                                    \
     if constexpr (R <= kMaxRows)                                                             \
-      row_of_tiles<R, panels_for(R)>(a, a_stride, b, panel, k, c, c_stride, columns, into);  \
+      row_of_tiles<R, panels_for(R)>(a, a_stride, b, k, c, c_stride, columns, into);         \
     break;
     PENSTOCK_CASE(1)
     PENSTOCK_CASE(2)
