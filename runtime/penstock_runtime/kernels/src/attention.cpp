@@ -2,8 +2,8 @@
 //
 // A *row* is one query head of one token. Rows that share a KV head, and of a chunk so many tokens
 // that their queries and sums stay in the second cache, are one *task*. A task of few rows has several
-// KV heads: heads are neighbours in a page, and memory is read twice as fast from one to the next. A
-// task walks the keys in blocks of kKeyBlock at absolute positions: a block's keys and values are
+// KV heads, and takes a page's heads one after the other: they are neighbours in it, and memory is read
+// twice as fast from start to end. A task walks the keys in blocks of kKeyBlock at absolute positions: a block's keys and values are
 // packed into panels, then for a few rows at a time
 //
 //   S = Q · Kᵀ        masked where a key lies behind the row's own position
@@ -133,8 +133,7 @@ class Kernel {
       : call_(call),
         kv_(call.kv),
         group_(call.heads / call.kv.kv_heads),
-        columns_(round_up(call.kv.value_dim, kLanes)),
-        asked_((kLanes * 8 + call.kv.key_dim - 1) / call.kv.key_dim) {
+        columns_(round_up(call.kv.value_dim, kLanes)) {
     long tokens = 0, longest = 0, few = 0;
     for (long i = 0; i < call.segments; i++) {
       tokens += call.lengths[i];
@@ -145,7 +144,8 @@ class Kernel {
     const long cached = kTaskFloats / (group_ * (kv_.key_dim + columns_) / 2);
     const long shared = tokens * kv_.kv_heads / wanted;
     task_tokens_ = std::min(longest, std::max(1L, std::min(cached, shared)));
-    few_heads_ = std::max(1L, std::min(few * kv_.kv_heads / wanted, kv_.kv_heads));
+    few_heads_ =
+        streams() ? std::max(1L, std::min(few * kv_.kv_heads / wanted, kv_.kv_heads)) : 1;
   }
 
   // Tokens whose queries stay in the second level, and leave every thread a few tasks.
@@ -153,10 +153,12 @@ class Kernel {
   // KV heads of a task of so many tokens.
   long task_heads(long tokens) const { return is_few(tokens) ? few_heads_ : 1; }
   long task_rows() const { return std::max(task_tokens_ * group_, few_heads_ * kFewQueries); }
+  // Rows of one block whose scores are kept at a time.
+  long scored_rows() const { return few_heads_ * kFewQueries; }
   long state_floats() const { return round_up(State::floats(task_rows(), columns_), kLanes); }
   long workspace_floats() const {
-    return 2 * state_floats() + task_rows() * kv_.key_dim + 2 * kFewQueries * kKeyBlock +
-           kKeyBlock * (kv_.key_dim + columns_) + kv_.key_dim + kv_.value_dim + kLanes;
+    return 2 * state_floats() + task_rows() * kv_.key_dim + 2 * scored_rows() * kKeyBlock +
+           kKeyBlock * (kv_.key_dim + columns_);
   }
   long sections(const Task& task) const { return (last_position(task) + kSection) / kSection; }
 
@@ -226,22 +228,16 @@ class Kernel {
     });
   }
 
-  // Where the keys and values of one block lie, in whole panels: zeros behind the last.
-  template <class T>
-  struct Rows {
-    long count;
-    const T* keys[kKeyBlock];
-    const T* values[kKeyBlock];
-  };
+  // Whether pages are read as they lie, in whole panels.
+  bool streams() const { return kv_.page_size % kLanes == 0 && kv_.value_dim % kLanes == 0; }
 
   template <class Format>
   struct Buffers {
     typename Format::Factor* q;        // (rows of the task, key_dim)
-    float* scores;                     // (kFewQueries, kKeyBlock)
+    float* scores;                     // (scored rows, kKeyBlock)
     typename Format::Factor* weights;  // the same
     typename Format::Panel* keys;      // panels (key_dim, 16)
     typename Format::Panel* values;    // panels (tokens, 16)
-    typename Format::Element* zeros;
   };
 
   // Factors of one row, from its first on.
@@ -256,17 +252,15 @@ class Kernel {
     using Panel = typename Format::Panel;
     float* q = work + 2 * state_floats();
     float* scores = q + task_rows() * kv_.key_dim;
-    float* weights = scores + kFewQueries * kKeyBlock;
-    float* keys = weights + kFewQueries * kKeyBlock;
+    float* weights = scores + scored_rows() * kKeyBlock;
+    float* keys = weights + scored_rows() * kKeyBlock;
     float* values = keys + kKeyBlock * kv_.key_dim;
-    float* zeros = values + kKeyBlock * columns_;
     return {reinterpret_cast<Factor*>(q),
             scores,
             // Weights of the width of scores take their place: they stay in the first level.
             reinterpret_cast<Factor*>(Format::kPerFactor == 1 ? scores : weights),
             reinterpret_cast<Panel*>(keys),
-            reinterpret_cast<Panel*>(values),
-            reinterpret_cast<typename Format::Element*>(zeros)};
+            reinterpret_cast<Panel*>(values)};
   }
 
   template <class Format>
@@ -282,58 +276,73 @@ class Kernel {
   void section_of(const Task& task, long section, const State& sums, float* work) const {
     using T = typename Format::Element;
     const Buffers<Format> at = buffers<Format>(work);
-    std::memset(at.zeros, 0, static_cast<size_t>(kv_.key_dim + kv_.value_dim) * sizeof(T));
     sums.reset(rows(task), columns_);
     scale_queries<Format>(task, at.q);
     const long begin = section * kSection;
     const long end = std::min(begin + kSection, last_position(task) + 1);
-    const bool few = is_few(task.count);
-    Rows<T> rows[2];
-    long turn = 0;
-    locate(task, task.kv_head, begin, end, at.zeros, rows[0]);
-    for (long first = begin; first < end; first += kKeyBlock) {
-      for (long head = 0; head < task.heads; head++, turn ^= 1) {
+    if (streams() && is_few(task.count)) {
+      Pages<T> pages[2];
+      find_pages(task, begin, end, pages[0]);
+      for (long first = begin, turn = 0; first < end; first += kKeyBlock, turn ^= 1) {
         // What comes next is known one turn ahead, so that it can be asked for.
-        const bool last = head + 1 == task.heads;
-        locate(task, task.kv_head + (last ? 0 : head + 1), last ? first + kKeyBlock : first, end,
-               at.zeros, rows[turn ^ 1]);
-        const long row = head * head_rows(task);
-        const auto* q = at.q + row * factors<Format>(kv_.key_dim);
-        const State own = sums.from(row, columns_);
-        if (few) {
-          few_queries<Format>(task, first, rows[turn], rows[turn ^ 1], at, q, own);
-        } else {
-          many_queries<Format>(task, first, rows[turn], at, q, own);
-        }
+        find_pages(task, first + kKeyBlock, end, pages[turn ^ 1]);
+        few_queries<Format>(task, first, pages[turn], pages[turn ^ 1], at, sums);
+      }
+    } else {
+      for (long first = begin; first < end; first += kKeyBlock) {
+        many_queries<Format>(task, first, std::min(kKeyBlock, end - first), at, sums);
       }
     }
   }
 
   template <class T>
-  void locate(const Task& task, long kv_head, long first, long end, const T* zeros,
-              Rows<T>& rows) const {
-    rows.count = std::max(0L, std::min(kKeyBlock, end - first));
-    const int64_t* page = call_.pages + call_.first_pages[task.segment] + first / kv_.page_size;
-    for (long t = 0, token = first % kv_.page_size; t < rows.count; token = 0, page++) {
-      const long slot = kv_head * kv_.page_size + token;
-      const T* key =
-          static_cast<const T*>(kv_.keys) + *page * kv_.key_page_stride + slot * kv_.key_stride;
-      const T* value = static_cast<const T*>(kv_.values) + *page * kv_.value_page_stride +
-                       slot * kv_.value_stride;
-      const long behind = std::min(rows.count, t + kv_.page_size - token);
-      for (; t < behind; t++, key += kv_.key_stride, value += kv_.value_stride) {
-        rows.keys[t] = key;
-        rows.values[t] = value;
-      }
-    }
-    for (long t = rows.count; t < round_up(rows.count, kLanes); t++) {
-      rows.keys[t] = rows.values[t] = zeros;
+  const T* keys_of(const Task& task, long position) const {
+    const T* keys = static_cast<const T*>(kv_.keys) + page(task, position) * kv_.key_page_stride;
+    return keys + slot(task, position) * kv_.key_stride;
+  }
+  template <class T>
+  const T* values_of(const Task& task, long position) const {
+    const T* values = static_cast<const T*>(kv_.values) + page(task, position) * kv_.value_page_stride;
+    return values + slot(task, position) * kv_.value_stride;
+  }
+  long page(const Task& task, long position) const {
+    return call_.pages[call_.first_pages[task.segment] + position / kv_.page_size];
+  }
+  // Of the task's first KV head. The next one's rows lie page_size rows behind.
+  long slot(const Task& task, long position) const {
+    return task.kv_head * kv_.page_size + position % kv_.page_size;
+  }
+
+  // The part of a block that lies in one page, counted from the block's first token.
+  template <class T>
+  struct Page {
+    long first, tokens;
+    const T* keys;
+    const T* values;
+  };
+
+  template <class T>
+  struct Pages {
+    long count = 0;
+    Page<T> at[kKeyBlock / kLanes + 1];
+
+    long tokens() const { return count == 0 ? 0 : at[count - 1].first + at[count - 1].tokens; }
+  };
+
+  template <class T>
+  void find_pages(const Task& task, long first, long end, Pages<T>& pages) const {
+    pages.count = 0;
+    const long tokens = std::min(kKeyBlock, end - first);
+    for (long t = 0; t < tokens; t += pages.at[pages.count++].tokens) {
+      const long position = first + t, left = kv_.page_size - position % kv_.page_size;
+      pages.at[pages.count] = {t, std::min(left, tokens - t), keys_of<T>(task, position),
+                               values_of<T>(task, position)};
     }
   }
 
   // Keys of a block, counted from its first, that row r sees. May be less than 1.
   long visible(const Task& task, long first, long r) const {
-    return call_.starts[task.segment] + task.first + r / group_ + 1 - first;
+    return call_.starts[task.segment] + task.first + r % head_rows(task) / group_ + 1 - first;
   }
 
   // Scores of rows [row, row + count) become weights, and what was summed before is scaled.
@@ -367,69 +376,102 @@ class Kernel {
   template <class Format, class Values>
   void add_values(int group, const typename Format::Factor* weights, Values values, long count,
                   float* out) const {
-    multiply_rows(group, weights, factors<Format>(kKeyBlock), values,
-                  round_up(count, Format::kPerFactor), out, columns_, columns_, Into::continue_);
+    multiply_rows(group, weights, factors<Format>(kKeyBlock), values, count, out, columns_, columns_,
+                  Into::continue_);
   }
 
-  // Memory is the limit: keys of a few tokens at a time are packed, and used while they are in the
-  // first level; values are used where they lie. Each step names what the next one reads.
+  // Memory is the limit. A page's heads are read one after the other; keys of a few tokens at a time
+  // are packed, and used while they are in the first level, values are used where they lie. Each page
+  // asks for the one that comes next.
   template <class Format>
-  void few_queries(const Task& task, long first, const Rows<typename Format::Element>& rows,
-                   const Rows<typename Format::Element>& next, const Buffers<Format>& at,
-                   const typename Format::Factor* q, const State& sums) const {
+  void few_queries(const Task& task, long first, const Pages<typename Format::Element>& pages,
+                   const Pages<typename Format::Element>& next, const Buffers<Format>& at,
+                   const State& sums) const {
     using T = typename Format::Element;
-    const long count = head_rows(task);
-    const long tokens = round_up(rows.count, kLanes);
+    const auto keys = [&](const Page<T>& page, long head) {
+      return Evenly<T>{page.keys + head * kv_.page_size * kv_.key_stride, kv_.key_stride};
+    };
+    const auto values = [&](const Page<T>& page, long head) {
+      return Evenly<T>{page.values + head * kv_.page_size * kv_.value_stride, kv_.value_stride};
+    };
+    const auto ahead = [](const Evenly<T>& rows, long tokens) {
+      return Ahead(rows.first, tokens * rows.stride * static_cast<long>(sizeof(T)));
+    };
+    for (long p = 0; p < pages.count; p++) {
+      const Page<T>& page = pages.at[p];
+      for (long head = 0; head < task.heads; head++) {
+        Ahead behind = p + 1 < pages.count ? ahead(keys(pages.at[p + 1], head), pages.at[p + 1].tokens)
+                                           : ahead(values(pages.at[0], head), pages.at[0].tokens);
+        score_page<Format>(task, head, page, keys(page, head), behind, at);
+      }
+    }
+    const long panels = (pages.tokens() + kLanes - 1) / kLanes;
+    softmax<Format>(task, first, 0, rows(task), panels, at, sums);
+    for (long p = 0; p < pages.count; p++) {
+      const Page<T>& page = pages.at[p];
+      for (long head = 0; head < task.heads; head++) {
+        Ahead behind = p + 1 < pages.count
+                           ? ahead(values(pages.at[p + 1], head), pages.at[p + 1].tokens)
+                       : next.count > 0 ? ahead(keys(next.at[0], head), next.at[0].tokens)
+                                        : Ahead(nullptr, 0);
+        const Natural<T> natural{values(page, head), &behind};
+        for_row_groups(head_rows(task), [&](long r, int group) {
+          const long row = head * head_rows(task) + r;
+          add_values<Format>(group,
+                             at.weights + factors<Format>(row * kKeyBlock + page.first), natural,
+                             page.tokens, sums.out + row * columns_);
+        });
+      }
+    }
+  }
+
+  template <class Format>
+  void score_page(const Task& task, long head, const Page<typename Format::Element>& page,
+                  const Evenly<typename Format::Element>& keys, Ahead& ahead,
+                  const Buffers<Format>& at) const {
+    const long count = head_rows(task), row = head * count;
+    const long asked = 8 * kLanes * static_cast<long>(sizeof(typename Format::Element));
     const long together = panels_for(std::min<long>(count, kMaxRows)) * kLanes;
-    Ahead<T> keys(next.keys, 0, next.count, kv_.key_dim);
-    Ahead<T> values(next.values, 0, next.count, kv_.value_dim);
+    const long tokens = round_up(page.tokens, kLanes);
     for (long t = 0; t < tokens; t += together) {
       const long some = std::min(together, tokens - t);
       for (long i = 0; i < some; i += kLanes) {
-        Format::keys(rows.keys + t + i, kv_.key_dim, at.keys + i * kv_.key_dim, [&] {
-          keys.ask(asked_);
-          values.ask(asked_);
-        });
+        Format::keys(keys + (t + i), kv_.key_dim, at.keys + i * kv_.key_dim,
+                     [&] { ahead.ask(asked); });
       }
-      for_row_groups(count, [&](long row, int group) {
-        score<Format>(group, q + row * factors<Format>(kv_.key_dim), at.keys, some,
-                      at.scores + row * kKeyBlock + t);
+      for_row_groups(count, [&](long r, int group) {
+        score<Format>(group, at.q + (row + r) * factors<Format>(kv_.key_dim), at.keys, some,
+                      at.scores + (row + r) * kKeyBlock + page.first + t);
       });
     }
-    softmax<Format>(task, first, 0, count, tokens / kLanes, at, sums);
-    if (kv_.value_dim % kLanes) {
-      Format::values(rows.values, tokens, kv_.value_dim, at.values, kLanes * kKeyBlock);
-    }
-    for_row_groups(count, [&](long row, int group) {
-      const auto* weights = at.weights + row * factors<Format>(kKeyBlock);
-      float* out = sums.out + row * columns_;
-      if (kv_.value_dim % kLanes) {
-        add_values<Format>(group, weights, packed_values<Format>(at), rows.count, out);
-      } else {
-        add_values<Format>(group, weights, Natural<T>{rows.values, 0, &values}, rows.count, out);
-      }
-    });
   }
 
   // Arithmetic is the limit: the block is packed once for all rows.
   template <class Format>
-  void many_queries(const Task& task, long first, const Rows<typename Format::Element>& rows,
-                    const Buffers<Format>& at, const typename Format::Factor* q,
+  void many_queries(const Task& task, long first, long tokens, const Buffers<Format>& at,
                     const State& sums) const {
-    const long tokens = round_up(rows.count, kLanes);
-    for (long t = 0; t < tokens; t += kLanes) {
-      Format::keys(rows.keys + t, kv_.key_dim, at.keys + t * kv_.key_dim, [] {});
+    using T = typename Format::Element;
+    // In whole panels: behind the last comes the last again, and is masked.
+    const T *keys[kKeyBlock], *values[kKeyBlock];
+    const long whole = round_up(tokens, kLanes);
+    for (long t = 0; t < whole; t++) {
+      const long position = first + std::min(t, tokens - 1);
+      keys[t] = keys_of<T>(task, position);
+      values[t] = values_of<T>(task, position);
     }
-    Format::values(rows.values, tokens, kv_.value_dim, at.values, kLanes * kKeyBlock);
+    for (long t = 0; t < whole; t += kLanes) {
+      Format::keys(keys + t, kv_.key_dim, at.keys + t * kv_.key_dim, [] {});
+    }
+    Format::values(values, whole, kv_.value_dim, at.values, kLanes * kKeyBlock);
     for_row_groups(head_rows(task), [&](long row, int group) {
-      const long count = std::min(rows.count, visible(task, first, row + group - 1));
+      const long count = std::min(tokens, visible(task, first, row + group - 1));
       if (count <= 0) return;
       const long panels = (count + kLanes - 1) / kLanes;
-      score<Format>(group, q + row * factors<Format>(kv_.key_dim), at.keys, panels * kLanes,
+      score<Format>(group, at.q + row * factors<Format>(kv_.key_dim), at.keys, panels * kLanes,
                     at.scores);
       softmax<Format>(task, first, row, group, panels, at, sums);
-      add_values<Format>(group, at.weights, packed_values<Format>(at), count,
-                         sums.out + row * columns_);
+      add_values<Format>(group, at.weights, packed_values<Format>(at),
+                         round_up(count, Format::kPerFactor), sums.out + row * columns_);
     });
   }
 
@@ -437,7 +479,6 @@ class Kernel {
   const KvLayer& kv_;
   long group_;
   long columns_;
-  long asked_;  // rows asked for with every eighth dim of a panel that is packed
   long task_tokens_, few_heads_;
 };
 

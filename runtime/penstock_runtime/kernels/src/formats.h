@@ -19,8 +19,8 @@ struct Widened {
   }
 
   // Keys of 16 tokens. `meanwhile()` is called for every eighth dim.
-  template <class Meanwhile>
-  static void keys(const T* const* rows, long dims, float* to, const Meanwhile& meanwhile) {
+  template <class Rows, class Meanwhile>
+  static void keys(const Rows& rows, long dims, float* to, const Meanwhile& meanwhile) {
     transpose_panel(rows, dims, to, meanwhile);
   }
 
@@ -57,22 +57,23 @@ struct Paired {
     for (long j = i; j < dims; j++) narrow[j] = rest[j - i];
   }
 
-  template <class Meanwhile>
-  static void keys(const bf16* const* rows, long dims, bf16* to, const Meanwhile& meanwhile) {
+  template <class Rows, class Meanwhile>
+  static void keys(const Rows& rows, long dims, bf16* to, const Meanwhile& meanwhile) {
     transpose_word_panel(rows, dims, reinterpret_cast<uint32_t*>(to), meanwhile);
   }
 
   static void values(const bf16* const* rows, long tokens, long dims, bf16* to, long panel) {
     for (long t = 0; t < tokens; t += 2) {
+      const bf16 *first = rows[t], *second = rows[t + 1];
       for (long c = 0; c < dims; c += kLanes) {
         Bits words[kParts];
         bf16 low[kLanes] = {}, high[kLanes] = {};
         if (dims - c < kLanes) {
-          std::memcpy(low, rows[t] + c, static_cast<size_t>(dims - c) * sizeof(bf16));
-          std::memcpy(high, rows[t + 1] + c, static_cast<size_t>(dims - c) * sizeof(bf16));
+          std::memcpy(low, first + c, static_cast<size_t>(dims - c) * sizeof(bf16));
+          std::memcpy(high, second + c, static_cast<size_t>(dims - c) * sizeof(bf16));
           pair_rows<1>(low, high, words);
         } else {
-          pair_rows<1>(rows[t] + c, rows[t + 1] + c, words);
+          pair_rows<1>(first + c, second + c, words);
         }
         std::memcpy(to + c / kLanes * panel + t * kLanes, words, sizeof words);
       }

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "scratch.h"
+#include "transpose.h"
 #include "vector.h"
 
 namespace penstock {
@@ -167,45 +168,49 @@ PENSTOCK_INLINE void multiply(Interleaved a, long, Panels<bf16, G> b, long k,
   multiply_pairs<R, P>(word, b, k, acc);
 }
 
-// Rows that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a
-// few rows at a time between other work, for it can wait for a few dozen lines at once only. They come
+// Memory that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a few
+// lines at a time between other work, for it can wait for a few dozen of them at once only. They come
 // into the second level: the first has not enough room for them, and takes them in more slowly.
-template <class T>
 class Ahead {
  public:
-  Ahead(const T* const* rows, long first, long last, long dims)
-      : row_(rows + first), end_(rows + (first < last ? last : first)), bytes_(dims * sizeof(T)) {}
+  Ahead(const void* first, long bytes)
+      : at_(static_cast<const char*>(first)), end_(at_ + bytes) {}
 
-  PENSTOCK_INLINE void ask(long rows) {
-    for (; rows > 0 && row_ < end_; rows--, row_++) {
-      const char* line = reinterpret_cast<const char*>(*row_);
-      for (long i = 0; i < bytes_; i += kLine) __builtin_prefetch(line + i, 0, 2);
+  // Asks for the next `bytes`, or more, up to a whole number of kStep.
+  PENSTOCK_INLINE void ask(long bytes) {
+    for (const char* until = at_ + bytes; at_ < until && at_ < end_; at_ += kStep) {
+      _Pragma("GCC unroll 4") for (long i = 0; i < kStep; i += kLine) {
+        __builtin_prefetch(at_ + i, 0, 2);
+      }
     }
   }
 
  private:
-  const T* const* row_;
-  const T* const* end_;
-  long bytes_;
+  static constexpr long kStep = 4 * kLine;
+
+  const char* at_;
+  const char* end_;
 };
 
-// B as it lies in pages: row k begins at rows[k] + column.
+// B as it lies in pages, a row behind the other.
 template <class T>
 struct Natural {
-  const T* const* rows;
-  long column;
-  Ahead<T>* ahead;  // asked for on the way
+  Evenly<T> rows;
+  Ahead* ahead;  // asked for on the way
 
-  Natural operator+(long panels) const { return {rows, column + panels * kLanes, ahead}; }
+  long row_bytes() const { return rows.stride * static_cast<long>(sizeof(T)); }
+  Natural operator+(long panels) const {
+    return {{rows.first + panels * kLanes, rows.stride}, ahead};
+  }
 };
 
 template <int R, int P, class T>
 PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long k,
                               Accumulators<R, P>& acc) {
   for (long i = 0; i < k; i++) {
-    b.ahead->ask(1);
+    b.ahead->ask(b.row_bytes());
     _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
-      const Vec column = widen16(b.rows[i] + b.column + p * kLanes);
+      const Vec column = widen16(b.rows[i] + p * kLanes);
       PENSTOCK_ROWS {
         const Native x = splat(a[r * stride + i]);
         PENSTOCK_EACH(j) {
@@ -216,15 +221,21 @@ PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long k,
   }
 }
 
+// Of an odd k the last word's second half is 0.
 template <int R, int P>
 PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Natural<bf16> b, long k,
                               Accumulators<R, P>& acc) {
-  for (long i = 0; i < k / 2; i++) {
-    b.ahead->ask(2);
+  const auto add = [&](long i, const bf16* low, const bf16* high) {
     Bits words[P * kParts];
-    pair_rows<P>(b.rows[2 * i] + b.column, b.rows[2 * i + 1] + b.column, words);
+    pair_rows<P>(low, high, words);
     add_pairs<R, P>([&](int r) { return a[r * stride + i]; }, words, acc);
+  };
+  for (long i = 0; i < k / 2; i++) {
+    b.ahead->ask(2 * b.row_bytes());
+    add(i, b.rows[2 * i], b.rows[2 * i + 1]);
   }
+  // Nothing has been written behind the last row: it stands for the one that is not there.
+  if (k % 2) add(k / 2, b.rows[k - 1], b.rows[k - 1]);
 }
 
 // R rows of C, the first `columns` elements of each; more than (P - 1) · 16 of them, at most P · 16.

@@ -1,10 +1,20 @@
 // Keys, stored a token after the other, brought into panels of 16 tokens: [dim][16], or as words of
-// two bfloat16 [dim / 2][16].
+// two bfloat16 [dim / 2][16]. `rows[t]` is where a token's begin, see Evenly.
 #pragma once
 
 #include "vector.h"
 
 namespace penstock {
+
+// Rows that lie one behind the other. Pointers to rows take their place where they do not.
+template <class T>
+struct Evenly {
+  const T* first;
+  long stride;
+
+  PENSTOCK_INLINE const T* operator[](long row) const { return first + row * stride; }
+  PENSTOCK_INLINE Evenly operator+(long rows) const { return {first + rows * stride, stride}; }
+};
 
 #if defined(__AVX2__)
 
@@ -20,8 +30,8 @@ PENSTOCK_INLINE __m256 widen8(const f16* p) {
 }
 
 // to[d · 16 + t] = rows[t][d] for 8 tokens and 8 dims.
-template <class T>
-PENSTOCK_INLINE void transpose8(const T* const* rows, long dim, float* to) {
+template <class Rows>
+PENSTOCK_INLINE void transpose8(const Rows& rows, long dim, float* to) {
   __m256 r[8], pairs[8], quads[8];
   _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) r[i] = widen8(rows[i] + dim);
   _Pragma("GCC unroll 4") for (int i = 0; i < 8; i += 2) {
@@ -42,8 +52,8 @@ PENSTOCK_INLINE void transpose8(const T* const* rows, long dim, float* to) {
 
 #else
 
-template <class T>
-PENSTOCK_INLINE void transpose8(const T* const* rows, long dim, float* to) {
+template <class Rows>
+PENSTOCK_INLINE void transpose8(const Rows& rows, long dim, float* to) {
   for (int d = 0; d < 8; d++) {
     for (int t = 0; t < 8; t++) to[d * kLanes + t] = widen(rows[t][dim + d]);
   }
@@ -52,8 +62,8 @@ PENSTOCK_INLINE void transpose8(const T* const* rows, long dim, float* to) {
 #endif
 
 // One panel of 16 tokens. `meanwhile()` is called for every eighth dim.
-template <class T, class Meanwhile>
-PENSTOCK_INLINE void transpose_panel(const T* const* rows, long dims, float* to,
+template <class Rows, class Meanwhile>
+PENSTOCK_INLINE void transpose_panel(const Rows& rows, long dims, float* to,
                                      const Meanwhile& meanwhile) {
   long d = 0;
   for (; d + 8 <= dims; d += 8) {
@@ -69,18 +79,20 @@ PENSTOCK_INLINE void transpose_panel(const T* const* rows, long dims, float* to,
 #if defined(__AVX512F__)
 
 // to[i · 16 + t] = word i of rows[t], for 16 tokens and 16 words.
-PENSTOCK_INLINE void transpose_words16(const bf16* const* rows, long dim, uint32_t* to) {
-  __m512i r[16], s[16];
-  _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + dim);
-  _Pragma("GCC unroll 8") for (int i = 0; i < 16; i += 2) {
-    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
+template <class Rows>
+PENSTOCK_INLINE void transpose_words16(const Rows& rows, long dim, uint32_t* to) {
+  __m512i r[16];
+  // Four rows at a time, so that all fits into registers.
   _Pragma("GCC unroll 4") for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+    const __m512i a = _mm512_loadu_si512(rows[i] + dim), b = _mm512_loadu_si512(rows[i + 1] + dim);
+    const __m512i c = _mm512_loadu_si512(rows[i + 2] + dim);
+    const __m512i d = _mm512_loadu_si512(rows[i + 3] + dim);
+    const __m512i low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpackhi_epi32(a, b);
+    const __m512i next_low = _mm512_unpacklo_epi32(c, d), next_high = _mm512_unpackhi_epi32(c, d);
+    r[i] = _mm512_unpacklo_epi64(low, next_low);
+    r[i + 1] = _mm512_unpackhi_epi64(low, next_low);
+    r[i + 2] = _mm512_unpacklo_epi64(high, next_high);
+    r[i + 3] = _mm512_unpackhi_epi64(high, next_high);
   }
   // r[4g + j]: words j, 4 + j, 8 + j and 12 + j of the tokens 4g to 4g + 3.
   _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
@@ -97,7 +109,8 @@ PENSTOCK_INLINE void transpose_words16(const bf16* const* rows, long dim, uint32
 
 #else
 
-PENSTOCK_INLINE void transpose_words16(const bf16* const* rows, long dim, uint32_t* to) {
+template <class Rows>
+PENSTOCK_INLINE void transpose_words16(const Rows& rows, long dim, uint32_t* to) {
   for (int i = 0; i < 16; i++) {
     for (int t = 0; t < kLanes; t++) {
       std::memcpy(to + i * kLanes + t, rows[t] + dim + 2 * i, sizeof(uint32_t));
@@ -107,9 +120,9 @@ PENSTOCK_INLINE void transpose_words16(const bf16* const* rows, long dim, uint32
 
 #endif
 
-// One panel of 16 tokens as words; `dims` is even. `meanwhile()` is called for every eighth dim.
-template <class Meanwhile>
-PENSTOCK_INLINE void transpose_word_panel(const bf16* const* rows, long dims, uint32_t* to,
+// The same as words; `dims` is even.
+template <class Rows, class Meanwhile>
+PENSTOCK_INLINE void transpose_word_panel(const Rows& rows, long dims, uint32_t* to,
                                           const Meanwhile& meanwhile) {
   long d = 0;
   for (; d + 32 <= dims; d += 32) {
