@@ -157,7 +157,7 @@ class Kernel {
   long scored_rows() const { return few_heads_ * kFewQueries; }
   long state_floats() const { return round_up(State::floats(task_rows(), columns_), kLanes); }
   long workspace_floats() const {
-    return 2 * state_floats() + task_rows() * kv_.key_dim + 2 * scored_rows() * kKeyBlock +
+    return 2 * state_floats() + round_up(kv_.key_dim, kLanes) + task_rows() * kv_.key_dim + 2 * scored_rows() * kKeyBlock +
            kKeyBlock * (kv_.key_dim + columns_);
   }
   long sections(const Task& task) const { return (last_position(task) + kSection) / kSection; }
@@ -233,7 +233,8 @@ class Kernel {
 
   template <class Format>
   struct Buffers {
-    typename Format::Factor* q;        // (rows of the task, key_dim)
+    typename Format::Factor* one;      // (key_dim,)
+    typename Format::Factor* q;        // (rows of the task, key_dim), interleaved
     float* scores;                     // (scored rows, kKeyBlock)
     typename Format::Factor* weights;  // the same
     typename Format::Panel* keys;      // panels (key_dim, 16)
@@ -250,12 +251,14 @@ class Kernel {
   Buffers<Format> buffers(float* work) const {
     using Factor = typename Format::Factor;
     using Panel = typename Format::Panel;
-    float* q = work + 2 * state_floats();
+    float* one = work + 2 * state_floats();
+    float* q = one + round_up(kv_.key_dim, kLanes);
     float* scores = q + task_rows() * kv_.key_dim;
     float* weights = scores + scored_rows() * kKeyBlock;
     float* keys = weights + scored_rows() * kKeyBlock;
     float* values = keys + kKeyBlock * kv_.key_dim;
-    return {reinterpret_cast<Factor*>(q),
+    return {reinterpret_cast<Factor*>(one),
+            reinterpret_cast<Factor*>(q),
             scores,
             // Weights of the width of scores take their place: they stay in the first level.
             reinterpret_cast<Factor*>(Format::kPerFactor == 1 ? scores : weights),
@@ -263,12 +266,18 @@ class Kernel {
             reinterpret_cast<Panel*>(values)};
   }
 
+  // Leaves q of the rows that are multiplied at a time side by side.
   template <class Format>
-  void scale_queries(const Task& task, typename Format::Factor* to) const {
+  void scale_queries(const Task& task, const Buffers<Format>& at) const {
     const float scale = call_.scale * kLog2E;
+    const long size = factors<Format>(kv_.key_dim);
+    typename Format::Factor* const row_of = at.one;
     for_rows(task, [&](long r, long row, long head) {
-      Format::query(call_.q + row * call_.q_stride + head * kv_.key_dim, scale, kv_.key_dim,
-                    to + r * factors<Format>(kv_.key_dim));
+      Format::query(call_.q + row * call_.q_stride + head * kv_.key_dim, scale, kv_.key_dim, row_of);
+      const long within = r % head_rows(task);
+      const RowGroup group = RowGroup::of(head_rows(task), within);
+      typename Format::Factor* to = at.q + (r - within + group.first) * size + within - group.first;
+      for (long i = 0; i < size; i++) to[i * group.count] = row_of[i];
     });
   }
 
@@ -277,7 +286,7 @@ class Kernel {
     using T = typename Format::Element;
     const Buffers<Format> at = buffers<Format>(work);
     sums.reset(rows(task), columns_);
-    scale_queries<Format>(task, at.q);
+    scale_queries<Format>(task, at);
     const long begin = section * kSection;
     const long end = std::min(begin + kSection, last_position(task) + 1);
     if (streams() && is_few(task.count)) {
@@ -363,8 +372,8 @@ class Kernel {
   void score(int group, const typename Format::Factor* q, const typename Format::Panel* keys,
              long tokens, float* scores) const {
     const Panels<typename Format::Panel, 1> panels{keys, kLanes * kv_.key_dim};
-    multiply_rows(group, q, factors<Format>(kv_.key_dim), panels, kv_.key_dim, scores, kKeyBlock,
-                  tokens, Into::store);
+    multiply_rows(group, Interleaved<typename Format::Factor>{q}, panels.asking(panels_for(group)),
+                  kv_.key_dim, scores, kKeyBlock, tokens, Into::store);
   }
 
   template <class Format>
@@ -376,8 +385,8 @@ class Kernel {
   template <class Format, class Values>
   void add_values(int group, const typename Format::Factor* weights, Values values, long count,
                   float* out) const {
-    multiply_rows(group, weights, factors<Format>(kKeyBlock), values, count, out, columns_, columns_,
-                  Into::continue_);
+    const Spaced<typename Format::Factor, factors<Format>(kKeyBlock)> rows{weights};
+    multiply_rows(group, rows, values, count, out, columns_, columns_, Into::continue_);
   }
 
   // Memory is the limit. A page's heads are read one after the other; keys of a few tokens at a time

@@ -133,7 +133,7 @@ class Product {
     for (long g = groups.first; g < groups.last; g++) {
       // The last rows find all panels in the second level, and ask for those that come next.
       const bool last = g > groups.first && g + 1 == groups.last;
-      multiply_rows(x.size(g), Interleaved{x.at(g)}, 0,
+      multiply_rows(x.size(g), Interleaved<uint32_t>{x.at(g)},
                     last ? weight.asking(columns.size() / kLanes) : weight, call_.inputs,
                     call_.y + x.first(g) * call_.outputs + columns.first, call_.outputs,
                     columns.size(), into(0));
@@ -181,7 +181,7 @@ class Product {
       for (long k = 0; k < call_.inputs; k += kBlock) {
         for_row_groups(rows.size(), [&](long first, int group) {
           const long m = rows.first + first;
-          multiply_rows(group, call_.x + m * call_.x_stride + k, call_.x_stride,
+          multiply_rows(group, RowMajor<float>{call_.x + m * call_.x_stride + k, call_.x_stride},
                         weight.below(k) + n / kLanes, std::min(kBlock, call_.inputs - k),
                         call_.y + m * call_.outputs + n, call_.outputs, count, into(k));
         });
@@ -204,7 +204,7 @@ class Product {
         copy_panel(weight.below(k) + n / kLanes, depth, work.panel);
         const Panels<float, 1> panel{work.panel, depth * kLanes};
         for_row_groups(rows.size(), [&](long first, int group) {
-          multiply_rows(group, work.rows + first * kBlock, kBlock, panel, depth,
+          multiply_rows(group, Spaced<float, kBlock>{work.rows + first * kBlock}, panel, depth,
                         call_.y + (rows.first + first) * call_.outputs + n, call_.outputs, count,
                         into(k));
         });

@@ -4,12 +4,14 @@
 //   float     [panel / kTogether][k][panel % kTogether][16]
 //   bf16      [panel / kTogether][k / 2][panel % kTogether][16][2]
 // where two consecutive k of one column are one 32-bit word. A's rows are float, or words of two
-// bfloat16 where the product of pairs is used; those of one tile may be interleaved.
+// bfloat16 where the product of pairs is used; `a.word<R>(r, i)` is one of them, of R rows.
 //
 // Every element of C is one chain of fused multiply-adds over k in rising order, whatever the number
 // of rows and panels beside it: so a row's bits do not depend on the batch. A caller that splits k
 // does so at fixed places.
 #pragma once
+
+#include <type_traits>
 
 #include "scratch.h"
 #include "transpose.h"
@@ -43,6 +45,8 @@ struct Accumulators {
 // then one run of addresses, which the processor reads ahead further than two.
 template <class T, int kTogether>
 struct Panels {
+  // Those of a matrix come from memory, and so does what the product goes to.
+  static constexpr bool kFar = kTogether > 1;
   // Elements of a panel in one row, of one k or of two.
   static constexpr long kRow = kLanes * (sizeof(float) / sizeof(T));
 
@@ -74,29 +78,72 @@ template <class T>
 using Packed = Panels<T, 2>;
 constexpr int kPackedColumns = 2 * kLanes;
 
-constexpr long kAheadWords = 512;  // of x, asked for ahead
+
+// A's rows one behind the other.
+template <class T>
+struct RowMajor {
+  using Word = T;
+  const T* first;
+  long stride;
+
+  template <int R>
+  PENSTOCK_INLINE T word(int row, long i) const {
+    return first[row * stride + i];
+  }
+  template <int R>
+  PENSTOCK_INLINE void ask(long) const {}
+};
+
+// The same in a known distance: one register finds them all.
+template <class T, long kStride>
+struct Spaced {
+  using Word = T;
+  const T* first;
+
+  template <int R>
+  PENSTOCK_INLINE T word(int row, long i) const {
+    return first[row * kStride + i];
+  }
+  template <int R>
+  PENSTOCK_INLINE void ask(long) const {}
+};
+
+// The words of all rows of a tile side by side.
+template <class T>
+struct Interleaved {
+  using Word = T;
+  const T* first;
+
+  template <int R>
+  PENSTOCK_INLINE T word(int row, long i) const {
+    return first[i * R + row];
+  }
+  // What comes 2 KB behind: a long tile's words are not in the first level.
+  template <int R>
+  PENSTOCK_INLINE void ask(long i) const {
+    __builtin_prefetch(first + i * R + 512, 0, 3);
+  }
+};
 
 #define PENSTOCK_ROWS _Pragma("GCC unroll 12") for (int r = 0; r < R; r++)
 #define PENSTOCK_COLUMNS _Pragma("GCC unroll 8") for (int c = 0; c < P * kParts; c++)
 
-// `stride`: elements from one row of a to the next.
-template <int R, int P, int G>
-PENSTOCK_INLINE void multiply(const float* a, long stride, Panels<float, G> b, long k,
-                              Accumulators<R, P>& acc) {
+template <int R, int P, class A, int G>
+PENSTOCK_INLINE void multiply(const A& a, Panels<float, G> b, long k, Accumulators<R, P>& acc) {
   const float* first = b.first();
   for (long i = 0; i < k; i++) {
     Native column[P * kParts];
     PENSTOCK_COLUMNS column[c] = load(first + b.offset(c / kParts, i) + c % kParts * kWidth);
     PENSTOCK_ROWS {
-      const Native x = splat(a[r * stride + i]);
+      const Native x = splat(a.template word<R>(r, i));
       PENSTOCK_COLUMNS acc.at[r][c] = fma(x, column[c], acc.at[r][c]);
     }
   }
 }
 
-template <int R, int P, int G>
-PENSTOCK_INLINE void multiply(const float* a, long stride, Panels<bf16, G> b, long k,
-                              Accumulators<R, P>& acc) {
+template <int R, int P, class A, int G>
+PENSTOCK_INLINE void multiply_widened(const A& a, Panels<bf16, G> b, long k,
+                                      Accumulators<R, P>& acc) {
   const bf16* first = b.first();
   for (long i = 0; i < k; i += 2) {
     Bits words[P * kParts];
@@ -107,21 +154,21 @@ PENSTOCK_INLINE void multiply(const float* a, long stride, Panels<bf16, G> b, lo
     PENSTOCK_COLUMNS words[c] =
         load_bits(first + b.offset(c / kParts, i / 2) + c % kParts * 2 * kWidth);
     PENSTOCK_ROWS {
-      const Native x = splat(a[r * stride + i]);
+      const Native x = splat(a.template word<R>(r, i));
       PENSTOCK_COLUMNS acc.at[r][c] = fma(x, low_half(words[c]), acc.at[r][c]);
     }
     PENSTOCK_ROWS {
-      const Native x = splat(a[r * stride + i + 1]);
+      const Native x = splat(a.template word<R>(r, i + 1));
       PENSTOCK_COLUMNS acc.at[r][c] = fma(x, high_half(words[c]), acc.at[r][c]);
     }
   }
 }
 
-template <int R, int P, class X>
-PENSTOCK_INLINE void add_pairs(const X& x, const Bits (&words)[P * kParts],
+template <int R, int P, class A>
+PENSTOCK_INLINE void add_pairs(const A& a, long i, const Bits (&words)[P * kParts],
                                Accumulators<R, P>& acc) {
   PENSTOCK_ROWS {
-    const Bits pair = splat_bits(x(r));
+    const Bits pair = splat_bits(a.template word<R>(r, i));
     PENSTOCK_COLUMNS acc.at[r][c] = dot_pairs(acc.at[r][c], pair, words[c]);
   }
 }
@@ -129,43 +176,31 @@ PENSTOCK_INLINE void add_pairs(const X& x, const Bits (&words)[P * kParts],
 // Measured: for a few rows the processor itself reads ahead well enough.
 constexpr int kRowsThatRead = 4;
 
-template <int R, int P, int G, class X>
-PENSTOCK_INLINE void multiply_pairs(const X& x, Panels<bf16, G> b, long k,
+template <int R, int P, class A, int G>
+PENSTOCK_INLINE void multiply_pairs(const A& a, Panels<bf16, G> b, long k,
                                     Accumulators<R, P>& acc) {
   const bf16* first = b.first();
   for (long i = 0; i < k / 2; i++) {
     Bits words[P * kParts];
-    if constexpr (R > kRowsThatRead) {
+    if constexpr (b.kFar && R > kRowsThatRead) {
       _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
         __builtin_prefetch(first + b.offset(p, i) + b.ahead, 0, 3);
       }
+      a.template ask<R>(i);
     }
     PENSTOCK_COLUMNS words[c] =
         load_bits(first + b.offset(c / kParts, i) + c % kParts * 2 * kWidth);
-    add_pairs<R, P>([&](int r) { return x(r, i); }, words, acc);
+    add_pairs(a, i, words, acc);
   }
 }
 
-// a: words of two bfloat16; stride in words.
-template <int R, int P, int G>
-PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Panels<bf16, G> b, long k,
-                              Accumulators<R, P>& acc) {
-  multiply_pairs<R, P>([&](int r, long i) { return a[r * stride + i]; }, b, k, acc);
-}
-
-// Words of two bfloat16 of all rows of a tile, side by side.
-struct Interleaved {
-  const uint32_t* words;
-};
-
-template <int R, int P, int G>
-PENSTOCK_INLINE void multiply(Interleaved a, long, Panels<bf16, G> b, long k,
-                              Accumulators<R, P>& acc) {
-  const auto word = [&](int r, long i) {
-    if (R > kRowsThatRead && r == 0) __builtin_prefetch(a.words + i * R + kAheadWords, 0, 3);
-    return a.words[i * R + r];
-  };
-  multiply_pairs<R, P>(word, b, k, acc);
+template <int R, int P, class A, int G>
+PENSTOCK_INLINE void multiply(const A& a, Panels<bf16, G> b, long k, Accumulators<R, P>& acc) {
+  if constexpr (std::is_same_v<typename A::Word, float>) {
+    multiply_widened(a, b, k, acc);
+  } else {
+    multiply_pairs(a, b, k, acc);
+  }
 }
 
 // Memory that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a few
@@ -195,6 +230,8 @@ class Ahead {
 // B as it lies in pages, a row behind the other.
 template <class T>
 struct Natural {
+  static constexpr bool kFar = false;
+
   Evenly<T> rows;
   Ahead* ahead;  // asked for on the way
 
@@ -204,15 +241,14 @@ struct Natural {
   }
 };
 
-template <int R, int P, class T>
-PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long k,
-                              Accumulators<R, P>& acc) {
+template <int R, int P, class A, class T>
+PENSTOCK_INLINE void multiply_widened(const A& a, Natural<T> b, long k, Accumulators<R, P>& acc) {
   for (long i = 0; i < k; i++) {
     b.ahead->ask(b.row_bytes());
     _Pragma("GCC unroll 8") for (int p = 0; p < P; p++) {
       const Vec column = widen16(b.rows[i] + p * kLanes);
       PENSTOCK_ROWS {
-        const Native x = splat(a[r * stride + i]);
+        const Native x = splat(a.template word<R>(r, i));
         PENSTOCK_EACH(j) {
           acc.at[r][p * kParts + j] = fma(x, column.part[j], acc.at[r][p * kParts + j]);
         }
@@ -222,13 +258,12 @@ PENSTOCK_INLINE void multiply(const float* a, long stride, Natural<T> b, long k,
 }
 
 // Of an odd k the last word's second half is 0.
-template <int R, int P>
-PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Natural<bf16> b, long k,
-                              Accumulators<R, P>& acc) {
+template <int R, int P, class A>
+PENSTOCK_INLINE void multiply_pairs(const A& a, Natural<bf16> b, long k, Accumulators<R, P>& acc) {
   const auto add = [&](long i, const bf16* low, const bf16* high) {
     Bits words[P * kParts];
     pair_rows<P>(low, high, words);
-    add_pairs<R, P>([&](int r) { return a[r * stride + i]; }, words, acc);
+    add_pairs(a, i, words, acc);
   };
   for (long i = 0; i < k / 2; i++) {
     b.ahead->ask(2 * b.row_bytes());
@@ -238,24 +273,32 @@ PENSTOCK_INLINE void multiply(const uint32_t* a, long stride, Natural<bf16> b, l
   if (k % 2) add(k / 2, b.rows[k - 1], b.rows[k - 1]);
 }
 
+template <int R, int P, class A, class T>
+PENSTOCK_INLINE void multiply(const A& a, Natural<T> b, long k, Accumulators<R, P>& acc) {
+  if constexpr (std::is_same_v<typename A::Word, float>) {
+    multiply_widened(a, b, k, acc);
+  } else {
+    multiply_pairs(a, b, k, acc);
+  }
+}
+
 // R rows of C, the first `columns` elements of each; more than (P - 1) · 16 of them, at most P · 16.
 // Into::continue_ wants all P · 16.
 template <int R, int P, class A, class B>
-void tile(A a, long a_stride, B b, long k, float* c_first, long c_stride, long columns,
-          Into into) {
+void tile(A a, B b, long k, float* c_first, long c_stride, long columns, Into into) {
   Accumulators<R, P> acc;
   if (into == Into::continue_) {
     PENSTOCK_ROWS PENSTOCK_COLUMNS acc.at[r][c] = load(c_first + r * c_stride + c * kWidth);
   } else {
     PENSTOCK_ROWS PENSTOCK_COLUMNS acc.at[r][c] = Native{};
   }
-  if (into != Into::continue_) {
+  if (B::kFar && into != Into::continue_) {
     // Where C goes is asked for meanwhile.
     PENSTOCK_ROWS for (int p = 0; p < P; p++) {
       __builtin_prefetch(c_first + r * c_stride + p * kLanes, 1, 3);
     }
   }
-  multiply<R, P>(a, a_stride, b, k, acc);
+  multiply(a, b, k, acc);
   if (columns < P * kLanes) {
     // Unrolled like all else here: an accumulator that is found by a variable would live in memory.
     PENSTOCK_ROWS {
@@ -275,30 +318,28 @@ void tile(A a, long a_stride, B b, long k, float* c_first, long c_stride, long c
 }
 
 template <int R, int P, class A, class B>
-void row_of_tiles(A a, long a_stride, B b, long k, float* c, long c_stride, long columns,
-                  Into into) {
+void row_of_tiles(A a, B b, long k, float* c, long c_stride, long columns, Into into) {
   long n = 0;
   for (; columns - n > (P - 1) * kLanes; n += P * kLanes) {
-    tile<R, P>(a, a_stride, b + n / kLanes, k, c + n, c_stride,
+    tile<R, P>(a, b + n / kLanes, k, c + n, c_stride,
                columns - n < P * kLanes ? columns - n : P * kLanes, into);
   }
   if constexpr (P > 1) {
     if (n < columns) {
-      row_of_tiles<R, P / 2>(a, a_stride, b + n / kLanes, k, c + n, c_stride, columns - n, into);
+      row_of_tiles<R, P / 2>(a, b + n / kLanes, k, c + n, c_stride, columns - n, into);
     }
   }
 }
 
-// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. A is a pointer to the
-// first row, or Interleaved; B is Panels, or Natural.
+// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. A is RowMajor, Spaced or
+// Interleaved; B is Panels, or Natural.
 template <class A, class B>
-void multiply_rows(int rows, A a, long a_stride, B b, long k, float* c, long c_stride, long columns,
-                   Into into) {
+void multiply_rows(int rows, A a, B b, long k, float* c, long c_stride, long columns, Into into) {
   switch (rows) {
 #define PENSTOCK_CASE(R)                                                                     \
   case R:                                                                                    \
     if constexpr (R <= kMaxRows)                                                             \
-      row_of_tiles<R, panels_for(R)>(a, a_stride, b, k, c, c_stride, columns, into);         \
+      row_of_tiles<R, panels_for(R)>(a, b, k, c, c_stride, columns, into);                   \
     break;
     PENSTOCK_CASE(1)
     PENSTOCK_CASE(2)
@@ -316,13 +357,28 @@ void multiply_rows(int rows, A a, long a_stride, B b, long k, float* c, long c_s
   }
 }
 
-// Rows in groups of at most kMaxRows, as equal as they can be: `body(first, count)`.
+// Rows in groups of at most kMaxRows, as equal as they can be.
+struct RowGroup {
+  long first;
+  int count;
+
+  static long groups(long rows) { return (rows + kMaxRows - 1) / kMaxRows; }
+  static RowGroup at(long rows, long index) {
+    const long first = rows * index / groups(rows);
+    return {first, static_cast<int>(rows * (index + 1) / groups(rows) - first)};
+  }
+  // The one that a row is in.
+  static RowGroup of(long rows, long row) {
+    return at(rows, ((row + 1) * groups(rows) - 1) / rows);
+  }
+};
+
+// Calls `body(first, count)` for each of them.
 template <class Body>
 PENSTOCK_INLINE void for_row_groups(long rows, const Body& body) {
-  const long groups = (rows + kMaxRows - 1) / kMaxRows;
-  for (long g = 0; g < groups; g++) {
-    const long first = rows * g / groups;
-    body(first, static_cast<int>(rows * (g + 1) / groups - first));
+  for (long g = 0; g < RowGroup::groups(rows); g++) {
+    const RowGroup group = RowGroup::at(rows, g);
+    body(group.first, group.count);
   }
 }
 
