@@ -38,6 +38,7 @@ constexpr long kKeyBlock = 256;
 constexpr long kSection = 1024;
 constexpr long kTaskFloats = 65536;  // of q in a task, and as many of sums: half of the second level
 constexpr long kFewQueries = 16;
+constexpr long kWorthPacking = 64;  // rows
 static_assert(kFewQueries >= kMaxRows);
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 0x1.715476p+0f;
@@ -150,6 +151,8 @@ class Kernel {
 
   // Tokens whose queries stay in the second level, and leave every thread a few tasks.
   long task_tokens() const { return task_tokens_; }
+  // Tokens that are worth a task of their own.
+  long least_tokens() const { return std::max(1L, kWorthPacking / group_); }
   // KV heads of a task of so many tokens.
   long task_heads(long tokens) const { return is_few(tokens) ? few_heads_ : 1; }
   long task_rows() const { return std::max(task_tokens_ * group_, few_heads_ * kFewQueries); }
@@ -289,17 +292,16 @@ class Kernel {
     scale_queries<Format>(task, at);
     const long begin = section * kSection;
     const long end = std::min(begin + kSection, last_position(task) + 1);
-    if (streams() && is_few(task.count)) {
-      Pages<T> pages[2];
-      find_pages(task, begin, end, pages[0]);
-      for (long first = begin, turn = 0; first < end; first += kKeyBlock, turn ^= 1) {
-        // What comes next is known one turn ahead, so that it can be asked for.
-        find_pages(task, first + kKeyBlock, end, pages[turn ^ 1]);
+    const bool few = streams() && is_few(task.count);
+    Pages<T> pages[2];
+    find_pages(task, begin, end, pages[0]);
+    for (long first = begin, turn = 0; first < end; first += kKeyBlock, turn ^= 1) {
+      // What comes next is known one turn ahead, so that it can be asked for.
+      find_pages(task, first + kKeyBlock, end, pages[turn ^ 1]);
+      if (few) {
         few_queries<Format>(task, first, pages[turn], pages[turn ^ 1], at, sums);
-      }
-    } else {
-      for (long first = begin; first < end; first += kKeyBlock) {
-        many_queries<Format>(task, first, std::min(kKeyBlock, end - first), at, sums);
+      } else {
+        many_queries<Format>(task, first, pages[turn], pages[turn ^ 1], at, sums);
       }
     }
   }
@@ -333,10 +335,17 @@ class Kernel {
   template <class T>
   struct Pages {
     long count = 0;
-    Page<T> at[kKeyBlock / kLanes + 1];
+    Page<T> at[kKeyBlock];
 
     long tokens() const { return count == 0 ? 0 : at[count - 1].first + at[count - 1].tokens; }
   };
+
+  // Asks for one head's part of a page.
+  template <class T>
+  void ask(const Page<T>& page) const {
+    Ahead(page.keys, page.tokens * kv_.key_stride * sizeof(T)).ask_all();
+    Ahead(page.values, page.tokens * kv_.value_stride * sizeof(T)).ask_all();
+  }
 
   template <class T>
   void find_pages(const Task& task, long first, long end, Pages<T>& pages) const {
@@ -455,24 +464,33 @@ class Kernel {
     }
   }
 
-  // Arithmetic is the limit: the block is packed once for all rows.
+  // Arithmetic is the limit: the block is packed once for all rows, which ask for the next one.
   template <class Format>
-  void many_queries(const Task& task, long first, long tokens, const Buffers<Format>& at,
+  void many_queries(const Task& task, long first, const Pages<typename Format::Element>& pages,
+                    const Pages<typename Format::Element>& next, const Buffers<Format>& at,
                     const State& sums) const {
     using T = typename Format::Element;
-    // In whole panels: behind the last comes the last again, and is masked.
     const T *keys[kKeyBlock], *values[kKeyBlock];
-    const long whole = round_up(tokens, kLanes);
-    for (long t = 0; t < whole; t++) {
-      const long position = first + std::min(t, tokens - 1);
-      keys[t] = keys_of<T>(task, position);
-      values[t] = values_of<T>(task, position);
+    for (long p = 0; p < pages.count; p++) {
+      const Page<T>& page = pages.at[p];
+      for (long t = 0; t < page.tokens; t++) {
+        keys[page.first + t] = page.keys + t * kv_.key_stride;
+        values[page.first + t] = page.values + t * kv_.value_stride;
+      }
     }
+    const long tokens = pages.tokens();
+    // In whole panels: behind the last comes the last again, and is masked.
+    const long whole = round_up(tokens, kLanes);
+    std::fill(keys + tokens, keys + whole, keys[tokens - 1]);
+    std::fill(values + tokens, values + whole, values[tokens - 1]);
     for (long t = 0; t < whole; t += kLanes) {
       Format::keys(keys + t, kv_.key_dim, at.keys + t * kv_.key_dim, [] {});
     }
     Format::values(values, whole, kv_.value_dim, at.values, kLanes * kKeyBlock);
+    const long groups = RowGroup::groups(head_rows(task)), each = (next.count + groups - 1) / groups;
+    long asked = 0;
     for_row_groups(head_rows(task), [&](long row, int group) {
+      for (long i = 0; i < each && asked < next.count; i++) ask(next.at[asked++]);
       const long count = std::min(tokens, visible(task, first, row + group - 1));
       if (count <= 0) return;
       const long panels = (count + kLanes - 1) / kLanes;
@@ -491,23 +509,110 @@ class Kernel {
   long task_tokens_, few_heads_;
 };
 
-// The tasks of a call. Of a segment, those with the most keys come first, so that none of them is
-// left over at the end.
-long list_tasks(const Attention& call, const Kernel& kernel, Task* tasks) {
-  long count = 0;
-  for (long segment = 0; segment < call.segments; segment++) {
-    const long length = call.lengths[segment], step = kernel.task_tokens();
-    for (long first = (length - 1) / step * step; first >= 0; first -= step) {
-      const long tokens = std::min(step, length - first), heads = kernel.task_heads(tokens);
-      for (long head = 0; head < call.kv.kv_heads; head += heads, count++) {
-        if (tasks != nullptr) {
-          tasks[count] = {segment, head, std::min(heads, call.kv.kv_heads - head), first, tokens};
-        }
+// A batch cut into parts of equal work, in the order of its rows: linear layers give a thread about the
+// same rows.
+class Parts {
+ public:
+  Parts(const Attention& call, long grain, long parts) : call_(call), grain_(grain), parts_(parts) {
+    for (long i = 0; i < call.segments; i++) all_ += work(i, call.lengths[i]);
+  }
+
+  long count() const { return parts_; }
+
+  // Calls body(part, segment, first, tokens).
+  template <class Body>
+  void each(const Body& body) const {
+    long before = 0, part = 0;
+    for (long segment = 0; segment < call_.segments; segment++) {
+      const long length = call_.lengths[segment];
+      for (long first = 0; first < length;) {
+        const long next = part + 1 < parts_ ? reach(segment, border(part) - before) : length;
+        if (next > first) body(part, segment, first, next - first);
+        first = std::max(first, next);
+        if (first < length) part++;
       }
+      before += work(segment, length);
     }
   }
-  return count;
-}
+
+ private:
+  static constexpr long kBesideKeys = 64;  // what else is done for a row, in keys
+
+  // Of the first `tokens` of a segment: the keys that they see.
+  long work(long segment, long tokens) const {
+    return tokens * (call_.starts[segment] + kBesideKeys) + tokens * (tokens + 1) / 2;
+  }
+  long border(long part) const { return all_ * (part + 1) / parts_; }
+
+  // Tokens of a segment that have so much work, a multiple of the grain or all.
+  long reach(long segment, long wanted) const {
+    const long length = call_.lengths[segment];
+    long low = 0, high = length;  // the least number with as much
+    while (low < high) {
+      const long middle = (low + high) / 2;
+      if (work(segment, middle) < wanted) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low == length ? length : std::min(length, (low + grain_ / 2) / grain_ * grain_);
+  }
+
+  const Attention& call_;
+  long grain_, parts_, all_ = 0;
+};
+
+// The tasks of a call, those of one part after those of another.
+class TaskList {
+ public:
+  TaskList(const Attention& call, const Kernel& kernel, long threads)
+      : call_(call),
+        kernel_(kernel),
+        parts_(call, kernel.least_tokens(), std::min(threads, Queues::kMost)) {
+    each([&](long part, const Task&) { end_[part]++; });
+    for (long part = 1; part < parts_.count(); part++) end_[part] += end_[part - 1];
+  }
+
+  long count() const { return end_[parts_.count() - 1]; }
+
+  void write(Task* tasks) const {
+    long next[Queues::kMost];
+    for (long part = 0; part < parts_.count(); part++) next[part] = first(part);
+    each([&](long part, const Task& task) { tasks[next[part]++] = task; });
+  }
+
+  Queues queues() const {
+    Queues queues(parts_.count());
+    for (long part = 0; part < parts_.count(); part++) queues.set(part, first(part), end_[part]);
+    return queues;
+  }
+
+ private:
+  long first(long part) const { return part == 0 ? 0 : end_[part - 1]; }
+
+  // Calls body(part, task). Of a segment, those with the most keys come first, so that none of them is
+  // left over at the end.
+  template <class Body>
+  void each(const Body& body) const {
+    parts_.each([&](long part, long segment, long begin, long tokens) {
+      const long step = kernel_.task_tokens(), pieces = (tokens + step - 1) / step;
+      for (long i = pieces - 1; i >= 0; i--) {
+        const long first = begin + tokens * i / pieces, last = begin + tokens * (i + 1) / pieces;
+        const long heads = kernel_.task_heads(last - first);
+        for (long head = 0; head < call_.kv.kv_heads; head += heads) {
+          body(part, Task{segment, head, std::min(heads, call_.kv.kv_heads - head), first,
+                          last - first});
+        }
+      }
+    });
+  }
+
+  const Attention& call_;
+  const Kernel& kernel_;
+  Parts parts_;
+  long end_[Queues::kMost] = {};
+};
 
 }  // namespace
 }  // namespace penstock
@@ -518,20 +623,24 @@ int penstock_attention(const Attention* call) {
   const long threads = omp_get_max_threads();
   const Kernel kernel(*call, threads);
   static thread_local Scratch task_memory, part_memory, work_memory;
-  const long count = list_tasks(*call, kernel, nullptr);
+  const TaskList list(*call, kernel, threads);
+  const long count = list.count();
   if (count == 0) return 0;
   Task* tasks = task_memory.take<Task>(count);
   const long work_floats = round_up(kernel.workspace_floats(), kLanes);
   float* work = work_memory.take<float>(work_floats * threads);
   if (tasks == nullptr || work == nullptr) return 1;
-  list_tasks(*call, kernel, tasks);
+  list.write(tasks);
 
   long longest = 1;
   for (long t = 0; t < count; t++) longest = std::max(longest, kernel.sections(tasks[t]));
   if (longest == 1 || count >= 4 * threads) {
-#pragma omp parallel for schedule(dynamic, 1)
-    for (long t = 0; t < count; t++) {
-      kernel.run_sections(tasks[t], work + omp_get_thread_num() * work_floats);
+    Queues queues = list.queues();
+#pragma omp parallel
+    {
+      float* mine = work + omp_get_thread_num() * work_floats;
+      queues.run(omp_get_thread_num(),
+                 [&](long, long task) { kernel.run_sections(tasks[task], mine); });
     }
     return 0;
   }

@@ -29,7 +29,6 @@ constexpr long kRowBlock = 144;     // rows · kBlock floats: 147 KB of the seco
 constexpr long kColumnBlock = 256;  // columns that share a copy of the rows
 constexpr long kPanelBytes = 256 << 10;  // of panels that stay in the second level
 constexpr long kRowsAThread = 48;         // and more: rows are dealt out, not panels
-constexpr long kMostShares = 64;
 constexpr long kFewRows = 3 * kMaxRows;  // measured: widening a panel once pays off behind that
 
 // Copies the first `count` rows of one panel, an even number, as float32.
@@ -254,12 +253,11 @@ int linear_of_floats(const Linear& call) {
   return 0;
 }
 
-// What a thread computes before it helps others: some rows, or some columns of all rows.
-struct alignas(kLine) Share {
+// What one thread is to compute: some rows, or some columns of all rows.
+struct Share {
   Range groups, columns;
-  long tasks;      // that the columns are cut into
-  long first;      // where they are begun: nobody reads what another is just reading
-  long begun = 0;  // of them
+  long tasks;  // that the columns are cut into
+  long first;  // where they are begun: nobody reads what another is just reading
 };
 
 int linear_of_pairs(const Linear& call, const Source& source) {
@@ -267,7 +265,7 @@ int linear_of_pairs(const Linear& call, const Source& source) {
   uint32_t* words = rounded.take<uint32_t>(static_cast<size_t>(call.rows) * call.inputs / 2);
   if (words == nullptr) return 1;
   const long threads = omp_get_max_threads();
-  const long most = std::min(threads, kMostShares);
+  const long most = std::min(threads, Queues::kMost);
   const long row_parts = std::clamp(static_cast<long>(call.rows) / kRowsAThread, 1L, most);
   const long column_parts = most / row_parts;
   const RowGroups x{source, call.rows, call.inputs, row_parts, words};
@@ -277,13 +275,15 @@ int linear_of_pairs(const Linear& call, const Source& source) {
   const long unit = std::max<long>(panels_for(x.size(0)) * kLanes, kPackedColumns);
   const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
   const long together = std::max(unit, cached / unit * unit);
-  Share shares[kMostShares];
   const long count = row_parts * column_parts;
+  Share shares[Queues::kMost];
+  Queues queues(count);
   for (long i = 0; i < count; i++) {
     const Range columns = part(call.outputs, unit, column_parts, i / row_parts);
     const long wanted = std::max((columns.size() + together - 1) / together, kTasksPerThread);
     const long tasks = std::min((columns.size() + unit - 1) / unit, wanted);
     shares[i] = {part(x.count(), 1, row_parts, i % row_parts), columns, tasks, tasks * i / count};
+    queues.set(i, 0, tasks);
   }
 #pragma omp parallel firstprivate(x)
   {
@@ -292,18 +292,13 @@ int linear_of_pairs(const Linear& call, const Source& source) {
     for (long i = 0; i < x.count() * cuts; i++) {
       x.round(i / cuts, part(call.inputs, kLanes, cuts, i % cuts));
     }
-    for (long turn = 0; turn < count; turn++) {
-      Share& share = shares[(omp_get_thread_num() + turn) % count];
-      for (;;) {
-        long task;
-#pragma omp atomic capture
-        task = share.begun++;
-        if (task >= share.tasks) break;
-        const long at = (share.first + task) % share.tasks;
-        const Range columns = share.columns, of = part(columns.size(), unit, share.tasks, at);
-        product.run_pairs(x, share.groups, {columns.first + of.first, columns.first + of.last});
-      }
-    }
+    queues.run(omp_get_thread_num(), [&](long index, long task) {
+      const Share& share = shares[index];
+      const Range of = part(share.columns.size(), unit, share.tasks,
+                            (share.first + task) % share.tasks);
+      product.run_pairs(x, share.groups,
+                        {share.columns.first + of.first, share.columns.first + of.last});
+    });
   }
   return 0;
 }

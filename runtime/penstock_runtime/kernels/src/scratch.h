@@ -1,4 +1,5 @@
-// What kernels share in how they work: memory kept from call to call, and the number of tasks.
+// What kernels share in how they work: memory kept from call to call, the number of tasks, and who does
+// which.
 #pragma once
 
 #include <cstddef>
@@ -16,6 +17,41 @@ constexpr size_t kLargePage = 2 << 20;
 // Work is cut into so many tasks a thread, where it can be: a thread that loses its core for a while
 // then holds up the others less.
 constexpr long kTasksPerThread = 4;
+
+// Tasks in queues, one for each thread, or for several. A thread does those of its own, where it knows
+// the data, and then helps others. Every thread of a parallel region calls `run` once.
+class Queues {
+ public:
+  static constexpr long kMost = 64;
+
+  explicit Queues(long count) : count_(count) {}
+
+  // Queue `index` has the tasks [first, last).
+  void set(long index, long first, long last) { of_[index] = {first, last}; }
+
+  // Calls `body(queue, task)`.
+  template <class Body>
+  void run(long thread, const Body& body) {
+    for (long turn = 0; turn < count_; turn++) {
+      const long queue = (thread + turn) % count_;
+      for (;;) {
+        long task;
+#pragma omp atomic capture
+        task = of_[queue].next++;
+        if (task >= of_[queue].last) break;
+        body(queue, task);
+      }
+    }
+  }
+
+ private:
+  struct alignas(kLine) Queue {
+    long next, last;
+  };
+
+  long count_;
+  Queue of_[kMost];
+};
 
 // Grows and never shrinks. `Scratch` objects are thread_local, and the few threads that compute live
 // as long as the process: nothing is freed at their end, which would need the C++ runtime.

@@ -220,6 +220,8 @@ class Ahead {
     }
   }
 
+  void ask_all() { ask(end_ - at_); }
+
  private:
   static constexpr long kStep = 4 * kLine;
 
