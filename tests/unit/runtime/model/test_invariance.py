@@ -4,6 +4,7 @@ prompt or as a decode step."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -108,3 +109,22 @@ def test_layers_in_one_call_give_the_bits_of_their_parts(
     in_one, in_parts = (Sequences(each, page_size=8, count=2) for each in models)
     for batch in ([(0, known.tokens[0, :40])], [(0, known.tokens[0, 40:41]), (1, known.tokens[1])]):
         assert torch.equal(in_one.step(batch), in_parts.step(batch))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gates_that_are_not_written_down_give_the_same_bits(tmp_path, threads):
+    """Where threads have 48 rows each, gates go from one product to the next in registers."""
+    built_kernels()
+    config = deepcopy(CONFIGS["qwen3"])
+    config.intermediate_size = 96  # whole tiles, unlike that of the other models here
+    known = reference(config, tmp_path)
+    assert known.tokens.shape[1] >= 96
+    models = load(known.path, [], torch.bfloat16, pairs=True)
+    joined, parted = (Sequences(models, page_size=32, count=1) for _ in range(2))
+    torch.set_num_threads(threads)
+    try:
+        together = joined.step([(0, known.tokens[0, :96])])
+        pieces = [parted.step([(0, piece)]) for piece in known.tokens[0, :96].split(40)]
+        assert torch.equal(together, torch.cat(pieces))
+    finally:
+        torch.set_num_threads(1)
