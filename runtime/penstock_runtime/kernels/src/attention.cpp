@@ -3,8 +3,8 @@
 // A *row* is one query head of one token. Rows that share a KV head, and of a chunk so many tokens
 // that their queries and sums stay in the second cache, are one *task*. A task of few rows has several
 // KV heads, and takes a page's heads one after the other: they are neighbours in it, and memory is read
-// twice as fast from start to end. A task walks the keys in blocks of kKeyBlock at absolute positions: a block's keys and values are
-// packed into panels, then for a few rows at a time
+// twice as fast from start to end. A task walks the keys in blocks of kKeyBlock at absolute positions:
+// a block's keys and values are packed into panels, then for a few rows at a time
 //
 //   S = Q · Kᵀ        masked where a key lies behind the row's own position
 //   m, l, P           the running maximum, sum and weights (Milakov and Gimelshein, arXiv 1805.02867)
@@ -21,12 +21,13 @@
 // Scores are kept as base 2 logarithms: q is multiplied by scale · log2(e) first. What is multiplied,
 // float32 or pairs of bfloat16, is a format (formats.h); sums are float32 in both.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
+#include "attention_pages.h"
+#include "attention_tasks.h"
 #include "formats.h"
 #include "kernels.h"
 #include "scratch.h"
+#include "softmax.h"
 #include "tile.h"
 
 #include <omp.h>
@@ -34,138 +35,28 @@
 namespace penstock {
 namespace {
 
-constexpr long kKeyBlock = 256;
 constexpr long kSection = 1024;
-constexpr long kTaskFloats = 65536;  // of q in a task, and as many of sums: half of the second level
-constexpr long kFewQueries = 16;
-constexpr long kWorthPacking = 64;  // rows
-static_assert(kFewQueries >= kMaxRows);
-constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 0x1.715476p+0f;
-
-long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
-
-// `count` tokens of a segment from `first` on, for the rows of the KV heads [kv_head, kv_head + heads).
-struct Task {
-  long segment, kv_head, heads, first, count;
-};
-
-// Sums of a task's rows over some of their keys.
-struct State {
-  float* maximum;  // (rows,)
-  float* sum;      // (rows, 16): a key's weight is in the lane of its position
-  float* out;      // (rows, value columns)
-
-  static long floats(long rows, long columns) { return rows * (1 + kLanes + columns); }
-
-  static State at(float* memory, long rows, long columns) {
-    // What is read by whole registers comes first, so that it is aligned.
-    return {memory + rows * (kLanes + columns), memory + rows * columns, memory};
-  }
-
-  State from(long row, long columns) const {
-    return {maximum + row, sum + row * kLanes, out + row * columns};
-  }
-
-  void reset(long rows, long columns) const {
-    std::fill_n(maximum, rows, kNone);
-    std::fill_n(sum, rows * kLanes, 0.0f);
-    std::fill_n(out, rows * columns, 0.0f);
-  }
-};
-
-// 2^(of - new_maximum): what sums relative to the maximum `of` count for.
-PENSTOCK_INLINE float weight(float of, float new_maximum) {
-  return of == kNone ? 0.0f : exp2_nonpositive(splat16(of - new_maximum)).part[0][0];
-}
-
-PENSTOCK_INLINE void scale_row(float* row, long columns, float factor) {
-  const Vec by = splat16(factor);
-  for (long i = 0; i < columns; i += kLanes) store16(row + i, load16(row + i) * by);
-}
-
-// Turns the scores of one row into weights; returns the factor for what was summed before. `weights`
-// may be where the scores are.
-template <class Format>
-PENSTOCK_INLINE float softmax_row(float* scores, typename Format::Factor* weights, long panels,
-                                  long visible, float* maximum, float* sum) {
-  if (visible <= 0) {
-    for (long p = 0; p < panels; p++) Format::weights(weights, p, splat16(0.0f));
-    return 1.0f;
-  }
-  for (long i = visible; i < panels * kLanes; i++) scores[i] = kNone;
-  Vec highest = load16(scores);
-  for (long p = 1; p < panels; p++) highest = max(highest, load16(scores + p * kLanes));
-  const float before = *maximum, now = std::max(before, max_lanes(highest));
-  const float factor = before == now ? 1.0f : weight(before, now);
-  Vec total = load16(sum) * splat16(factor);
-  const Vec shift = splat16(now);
-  for (long p = 0; p < panels; p++) {
-    const Vec x = Format::exponential(load16(scores + p * kLanes) - shift);
-    Format::weights(weights, p, x);
-    total = total + x;
-  }
-  store16(sum, total);
-  *maximum = now;
-  return factor;
-}
-
-// Adds sums over later keys to `total`.
-void merge(const State& total, const State& later, long rows, long columns) {
-  for (long r = 0; r < rows; r++) {
-    const float now = std::max(total.maximum[r], later.maximum[r]);
-    const Vec old_weight = splat16(weight(total.maximum[r], now));
-    const Vec new_weight = splat16(weight(later.maximum[r], now));
-    total.maximum[r] = now;
-    const auto add = [&](float* to, const float* from) {
-      store16(to, fma(load16(from), new_weight, load16(to) * old_weight));
-    };
-    add(total.sum + r * kLanes, later.sum + r * kLanes);
-    for (long i = 0; i < columns; i += kLanes) {
-      add(total.out + r * columns + i, later.out + r * columns + i);
-    }
-  }
-}
+static_assert(kFewQueries >= kMaxRows);
 
 // One call's sizes, and what a thread needs to compute a task.
 class Kernel {
  public:
-  Kernel(const Attention& call, long threads)
+  Kernel(const Attention& call, const TaskSizes& sizes)
       : call_(call),
         kv_(call.kv),
-        group_(call.heads / call.kv.kv_heads),
-        columns_(round_up(call.kv.value_dim, kLanes)) {
-    long tokens = 0, longest = 0, few = 0;
-    for (long i = 0; i < call.segments; i++) {
-      tokens += call.lengths[i];
-      longest = std::max<long>(longest, call.lengths[i]);
-      few += is_few(call.lengths[i]);
-    }
-    const long wanted = threads * kTasksPerThread;
-    const long cached = kTaskFloats / (group_ * (kv_.key_dim + columns_) / 2);
-    const long shared = tokens * kv_.kv_heads / wanted;
-    task_tokens_ = std::min(longest, std::max(1L, std::min(cached, shared)));
-    few_heads_ =
-        streams() ? std::max(1L, std::min(few * kv_.kv_heads / wanted, kv_.kv_heads)) : 1;
-  }
+        sizes_(sizes),
+        group_(sizes.group()),
+        columns_(round_up(call.kv.value_dim, kLanes)) {}
 
-  // Tokens whose queries stay in the second level, and leave every thread a few tasks.
-  long task_tokens() const { return task_tokens_; }
-  // Tokens that are worth a task of their own.
-  long least_tokens() const { return std::max(1L, kWorthPacking / group_); }
-  // KV heads of a task of so many tokens.
-  long task_heads(long tokens) const { return is_few(tokens) ? few_heads_ : 1; }
-  long task_rows() const { return std::max(task_tokens_ * group_, few_heads_ * kFewQueries); }
-  // Rows of one block whose scores are kept at a time.
-  long scored_rows() const { return few_heads_ * kFewQueries; }
-  long state_floats() const { return round_up(State::floats(task_rows(), columns_), kLanes); }
+  long state_floats() const { return round_up(State::floats(sizes_.rows(), columns_), kLanes); }
   long workspace_floats() const {
-    return 2 * state_floats() + round_up(kv_.key_dim, kLanes) + task_rows() * kv_.key_dim + 2 * scored_rows() * kKeyBlock +
-           kKeyBlock * (kv_.key_dim + columns_);
+    return 2 * state_floats() + round_up(kv_.key_dim, kLanes) + sizes_.rows() * kv_.key_dim +
+           2 * sizes_.scored_rows() * kKeyBlock + kKeyBlock * (kv_.key_dim + columns_);
   }
   long sections(const Task& task) const { return (last_position(task) + kSection) / kSection; }
 
-  State state(float* memory) const { return State::at(memory, task_rows(), columns_); }
+  State state(float* memory) const { return State::at(memory, sizes_.rows(), columns_); }
 
   void run_sections(const Task& task, float* work) const {
     const State total = state(work), part = state(work + state_floats());
@@ -205,8 +96,6 @@ class Kernel {
     return call_.starts[task.segment] + task.first + task.count - 1;
   }
 
-  bool is_few(long tokens) const { return tokens * group_ <= kFewQueries; }
-
   // A task's rows: those of its first KV head, of the next one, …; of each a token after the other.
   long head_rows(const Task& task) const { return task.count * group_; }
   long rows(const Task& task) const { return task.heads * head_rows(task); }
@@ -231,9 +120,6 @@ class Kernel {
     });
   }
 
-  // Whether pages are read as they lie, in whole panels.
-  bool streams() const { return kv_.page_size % kLanes == 0 && kv_.value_dim % kLanes == 0; }
-
   template <class Format>
   struct Buffers {
     typename Format::Factor* one;      // (key_dim,)
@@ -256,9 +142,9 @@ class Kernel {
     using Panel = typename Format::Panel;
     float* one = work + 2 * state_floats();
     float* q = one + round_up(kv_.key_dim, kLanes);
-    float* scores = q + task_rows() * kv_.key_dim;
-    float* weights = scores + scored_rows() * kKeyBlock;
-    float* keys = weights + scored_rows() * kKeyBlock;
+    float* scores = q + sizes_.rows() * kv_.key_dim;
+    float* weights = scores + sizes_.scored_rows() * kKeyBlock;
+    float* keys = weights + sizes_.scored_rows() * kKeyBlock;
     float* values = keys + kKeyBlock * kv_.key_dim;
     return {reinterpret_cast<Factor*>(one),
             reinterpret_cast<Factor*>(q),
@@ -292,69 +178,19 @@ class Kernel {
     scale_queries<Format>(task, at);
     const long begin = section * kSection;
     const long end = std::min(begin + kSection, last_position(task) + 1);
-    const bool few = streams() && is_few(task.count);
+    const PageTable table(call_, task.segment, task.kv_head);
     Pages<T> pages[2];
-    find_pages(task, begin, end, pages[0]);
+    table.find(begin, end, pages[0]);
     for (long first = begin, turn = 0; first < end; first += kKeyBlock, turn ^= 1) {
       // What comes next is known one turn ahead, so that it can be asked for.
-      find_pages(task, first + kKeyBlock, end, pages[turn ^ 1]);
-      if (few) {
-        few_queries<Format>(task, first, pages[turn], pages[turn ^ 1], at, sums);
+      const Pages<T>& now = pages[turn];
+      Pages<T>& next = pages[turn ^ 1];
+      table.find(first + kKeyBlock, end, next);
+      if (sizes_.streams(task.count)) {
+        few_queries<Format>(task, first, now, next, at, sums);
       } else {
-        many_queries<Format>(task, first, pages[turn], pages[turn ^ 1], at, sums);
+        many_queries<Format>(task, first, now, next, table, at, sums);
       }
-    }
-  }
-
-  template <class T>
-  const T* keys_of(const Task& task, long position) const {
-    const T* keys = static_cast<const T*>(kv_.keys) + page(task, position) * kv_.key_page_stride;
-    return keys + slot(task, position) * kv_.key_stride;
-  }
-  template <class T>
-  const T* values_of(const Task& task, long position) const {
-    const T* values = static_cast<const T*>(kv_.values) + page(task, position) * kv_.value_page_stride;
-    return values + slot(task, position) * kv_.value_stride;
-  }
-  long page(const Task& task, long position) const {
-    return call_.pages[call_.first_pages[task.segment] + position / kv_.page_size];
-  }
-  // Of the task's first KV head. The next one's rows lie page_size rows behind.
-  long slot(const Task& task, long position) const {
-    return task.kv_head * kv_.page_size + position % kv_.page_size;
-  }
-
-  // The part of a block that lies in one page, counted from the block's first token.
-  template <class T>
-  struct Page {
-    long first, tokens;
-    const T* keys;
-    const T* values;
-  };
-
-  template <class T>
-  struct Pages {
-    long count = 0;
-    Page<T> at[kKeyBlock];
-
-    long tokens() const { return count == 0 ? 0 : at[count - 1].first + at[count - 1].tokens; }
-  };
-
-  // Asks for one head's part of a page.
-  template <class T>
-  void ask(const Page<T>& page) const {
-    Ahead(page.keys, page.tokens * kv_.key_stride * sizeof(T)).ask_all();
-    Ahead(page.values, page.tokens * kv_.value_stride * sizeof(T)).ask_all();
-  }
-
-  template <class T>
-  void find_pages(const Task& task, long first, long end, Pages<T>& pages) const {
-    pages.count = 0;
-    const long tokens = std::min(kKeyBlock, end - first);
-    for (long t = 0; t < tokens; t += pages.at[pages.count++].tokens) {
-      const long position = first + t, left = kv_.page_size - position % kv_.page_size;
-      pages.at[pages.count] = {t, std::min(left, tokens - t), keys_of<T>(task, position),
-                               values_of<T>(task, position)};
     }
   }
 
@@ -467,8 +303,8 @@ class Kernel {
   // Arithmetic is the limit: the block is packed once for all rows, which ask for the next one.
   template <class Format>
   void many_queries(const Task& task, long first, const Pages<typename Format::Element>& pages,
-                    const Pages<typename Format::Element>& next, const Buffers<Format>& at,
-                    const State& sums) const {
+                    const Pages<typename Format::Element>& next, const PageTable& table,
+                    const Buffers<Format>& at, const State& sums) const {
     using T = typename Format::Element;
     const T *keys[kKeyBlock], *values[kKeyBlock];
     for (long p = 0; p < pages.count; p++) {
@@ -490,7 +326,7 @@ class Kernel {
     const long groups = RowGroup::groups(head_rows(task)), each = (next.count + groups - 1) / groups;
     long asked = 0;
     for_row_groups(head_rows(task), [&](long row, int group) {
-      for (long i = 0; i < each && asked < next.count; i++) ask(next.at[asked++]);
+      for (long i = 0; i < each && asked < next.count; i++) table.ask(next.at[asked++]);
       const long count = std::min(tokens, visible(task, first, row + group - 1));
       if (count <= 0) return;
       const long panels = (count + kLanes - 1) / kLanes;
@@ -504,114 +340,9 @@ class Kernel {
 
   const Attention& call_;
   const KvLayer& kv_;
+  TaskSizes sizes_;
   long group_;
   long columns_;
-  long task_tokens_, few_heads_;
-};
-
-// A batch cut into parts of equal work, in the order of its rows: linear layers give a thread about the
-// same rows.
-class Parts {
- public:
-  Parts(const Attention& call, long grain, long parts) : call_(call), grain_(grain), parts_(parts) {
-    for (long i = 0; i < call.segments; i++) all_ += work(i, call.lengths[i]);
-  }
-
-  long count() const { return parts_; }
-
-  // Calls body(part, segment, first, tokens).
-  template <class Body>
-  void each(const Body& body) const {
-    long before = 0, part = 0;
-    for (long segment = 0; segment < call_.segments; segment++) {
-      const long length = call_.lengths[segment];
-      for (long first = 0; first < length;) {
-        const long next = part + 1 < parts_ ? reach(segment, border(part) - before) : length;
-        if (next > first) body(part, segment, first, next - first);
-        first = std::max(first, next);
-        if (first < length) part++;
-      }
-      before += work(segment, length);
-    }
-  }
-
- private:
-  static constexpr long kBesideKeys = 64;  // what else is done for a row, in keys
-
-  // Of the first `tokens` of a segment: the keys that they see.
-  long work(long segment, long tokens) const {
-    return tokens * (call_.starts[segment] + kBesideKeys) + tokens * (tokens + 1) / 2;
-  }
-  long border(long part) const { return all_ * (part + 1) / parts_; }
-
-  // Tokens of a segment that have so much work, a multiple of the grain or all.
-  long reach(long segment, long wanted) const {
-    const long length = call_.lengths[segment];
-    long low = 0, high = length;  // the least number with as much
-    while (low < high) {
-      const long middle = (low + high) / 2;
-      if (work(segment, middle) < wanted) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low == length ? length : std::min(length, (low + grain_ / 2) / grain_ * grain_);
-  }
-
-  const Attention& call_;
-  long grain_, parts_, all_ = 0;
-};
-
-// The tasks of a call, those of one part after those of another.
-class TaskList {
- public:
-  TaskList(const Attention& call, const Kernel& kernel, long threads)
-      : call_(call),
-        kernel_(kernel),
-        parts_(call, kernel.least_tokens(), std::min(threads, Queues::kMost)) {
-    each([&](long part, const Task&) { end_[part]++; });
-    for (long part = 1; part < parts_.count(); part++) end_[part] += end_[part - 1];
-  }
-
-  long count() const { return end_[parts_.count() - 1]; }
-
-  void write(Task* tasks) const {
-    long next[Queues::kMost];
-    for (long part = 0; part < parts_.count(); part++) next[part] = first(part);
-    each([&](long part, const Task& task) { tasks[next[part]++] = task; });
-  }
-
-  Queues queues() const {
-    Queues queues(parts_.count());
-    for (long part = 0; part < parts_.count(); part++) queues.set(part, first(part), end_[part]);
-    return queues;
-  }
-
- private:
-  long first(long part) const { return part == 0 ? 0 : end_[part - 1]; }
-
-  // Calls body(part, task). Of a segment, those with the most keys come first, so that none of them is
-  // left over at the end.
-  template <class Body>
-  void each(const Body& body) const {
-    parts_.each([&](long part, long segment, long begin, long tokens) {
-      const long step = kernel_.task_tokens(), pieces = (tokens + step - 1) / step;
-      for (long i = pieces - 1; i >= 0; i--) {
-        const long first = begin + tokens * i / pieces, last = begin + tokens * (i + 1) / pieces;
-        const long heads = kernel_.task_heads(last - first);
-        for (long head = 0; head < call_.kv.kv_heads; head += heads) {
-          body(part, Task{segment, head, std::min(heads, call_.kv.kv_heads - head), first,
-                          last - first});
-        }
-      }
-    });
-  }
-
-  const Attention& call_;
-  const Kernel& kernel_;
-  Parts parts_;
-  long end_[Queues::kMost] = {};
 };
 
 }  // namespace
@@ -621,9 +352,10 @@ using namespace penstock;
 
 int penstock_attention(const Attention* call) {
   const long threads = omp_get_max_threads();
-  const Kernel kernel(*call, threads);
+  const TaskSizes sizes(*call, threads);
+  const Kernel kernel(*call, sizes);
   static thread_local Scratch task_memory, part_memory, work_memory;
-  const TaskList list(*call, kernel, threads);
+  const TaskList list(*call, sizes, threads);
   const long count = list.count();
   if (count == 0) return 0;
   Task* tasks = task_memory.take<Task>(count);

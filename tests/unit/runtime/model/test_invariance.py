@@ -112,19 +112,18 @@ def test_layers_in_one_call_give_the_bits_of_their_parts(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_gates_that_are_not_written_down_give_the_same_bits(tmp_path, threads):
-    """Where threads have 48 rows each, gates go from one product to the next in registers."""
+def test_rows_of_a_thread_and_columns_of_a_thread_give_the_same_bits(tmp_path, threads):
+    """Of many rows each thread computes its own, of a few rows its own columns."""
     built_kernels()
     config = deepcopy(CONFIGS["qwen3"])
     config.intermediate_size = 96  # whole tiles, unlike that of the other models here
     known = reference(config, tmp_path)
-    assert known.tokens.shape[1] >= 96
     models = load(known.path, [], torch.bfloat16, pairs=True)
-    joined, parted = (Sequences(models, page_size=32, count=1) for _ in range(2))
+    in_one, in_pieces = (Sequences(models, page_size=32, count=1) for _ in range(2))
     torch.set_num_threads(threads)
     try:
-        together = joined.step([(0, known.tokens[0, :96])])
-        pieces = [parted.step([(0, piece)]) for piece in known.tokens[0, :96].split(40)]
+        together = in_one.step([(0, known.tokens[0, :96])])
+        pieces = [in_pieces.step([(0, piece)]) for piece in known.tokens[0, :96].split(40)]
         assert torch.equal(together, torch.cat(pieces))
     finally:
         torch.set_num_threads(1)

@@ -1,0 +1,64 @@
+// Where the keys and values of a sequence lie.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "tile.h"
+
+namespace penstock {
+
+constexpr long kKeyBlock = 256;  // keys of one softmax, at absolute positions
+
+// The part of a block that lies in one page, counted from the block's first token. A KV head's rows; the
+// next one's are page_size rows behind.
+template <class T>
+struct Page {
+  long first, tokens;
+  const T* keys;
+  const T* values;
+};
+
+template <class T>
+struct Pages {
+  long count = 0;
+  Page<T> at[kKeyBlock];
+
+  long tokens() const { return count == 0 ? 0 : at[count - 1].first + at[count - 1].tokens; }
+};
+
+// One sequence's, from one KV head on.
+class PageTable {
+ public:
+  PageTable(const Attention& call, long segment, long kv_head)
+      : kv_(call.kv), pages_(call.pages + call.first_pages[segment]), kv_head_(kv_head) {}
+
+  // The block that begins at position `first`, up to `end`; none if it begins behind.
+  template <class T>
+  void find(long first, long end, Pages<T>& pages) const {
+    pages.count = 0;
+    const long tokens = std::min(kKeyBlock, end - first);
+    for (long t = 0; t < tokens; t += pages.at[pages.count++].tokens) {
+      const long position = first + t, place = position % kv_.page_size;
+      const long page = pages_[position / kv_.page_size], row = kv_head_ * kv_.page_size + place;
+      pages.at[pages.count] = {
+          t, std::min(kv_.page_size - place, tokens - t),
+          static_cast<const T*>(kv_.keys) + page * kv_.key_page_stride + row * kv_.key_stride,
+          static_cast<const T*>(kv_.values) + page * kv_.value_page_stride + row * kv_.value_stride};
+    }
+  }
+
+  // Asks for one head's part of a page.
+  template <class T>
+  void ask(const Page<T>& page) const {
+    Ahead(page.keys, page.tokens * kv_.key_stride * sizeof(T)).ask_all();
+    Ahead(page.values, page.tokens * kv_.value_stride * sizeof(T)).ask_all();
+  }
+
+ private:
+  const KvLayer& kv_;
+  const int64_t* pages_;
+  long kv_head_;
+};
+
+}  // namespace penstock
