@@ -10,6 +10,7 @@ mapped anew: what an allocator hands out again is in small pages already.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 
@@ -33,7 +34,8 @@ def large_empty(elements: int, dtype: torch.dtype, alignment: int = 64) -> torch
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None:
         # Whole pages only: the rest of the last one would be memory that nothing is in.
-        mapping.madvise(advice, used.data_ptr() - memory.data_ptr(), size // _HUGE * _HUGE)
+        with suppress(OSError):  # refused, as by a kernel that has no large pages
+            mapping.madvise(advice, used.data_ptr() - memory.data_ptr(), size // _HUGE * _HUGE)
     return used
 
 

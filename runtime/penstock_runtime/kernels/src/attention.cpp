@@ -187,7 +187,7 @@ class Kernel {
       Pages<T>& next = pages[turn ^ 1];
       table.find(first + kKeyBlock, end, next);
       if (sizes_.streams(task.count)) {
-        few_queries<Format>(task, first, now, next, at, sums);
+        few_queries<Format>(task, first, now, next, table, at, sums);
       } else {
         many_queries<Format>(task, first, now, next, table, at, sums);
       }
@@ -217,8 +217,8 @@ class Kernel {
   void score(int group, const typename Format::Factor* q, const typename Format::Panel* keys,
              long tokens, float* scores) const {
     const Panels<typename Format::Panel, 1> panels{keys, kLanes * kv_.key_dim};
-    multiply_rows(group, Interleaved<typename Format::Factor>{q}, panels.asking(panels_for(group)),
-                  kv_.key_dim, scores, kKeyBlock, tokens, Into::store);
+    multiply_rows(group, Interleaved<typename Format::Factor>{q}, panels, kv_.key_dim, scores,
+                  kKeyBlock, tokens, Into::store);
   }
 
   template <class Format>
@@ -230,7 +230,7 @@ class Kernel {
   template <class Format, class Values>
   void add_values(int group, const typename Format::Factor* weights, Values values, long count,
                   float* out) const {
-    const Spaced<typename Format::Factor, factors<Format>(kKeyBlock)> rows{weights};
+    const Spaced<typename Format::Factor, factors<Format>(kKeyBlock)> rows{weights, {}};
     multiply_rows(group, rows, values, count, out, columns_, columns_, Into::continue_);
   }
 
@@ -239,24 +239,21 @@ class Kernel {
   // asks for the one that comes next.
   template <class Format>
   void few_queries(const Task& task, long first, const Pages<typename Format::Element>& pages,
-                   const Pages<typename Format::Element>& next, const Buffers<Format>& at,
-                   const State& sums) const {
+                   const Pages<typename Format::Element>& next, const PageTable& table,
+                   const Buffers<Format>& at, const State& sums) const {
     using T = typename Format::Element;
-    const auto keys = [&](const Page<T>& page, long head) {
-      return Evenly<T>{page.keys + head * kv_.page_size * kv_.key_stride, kv_.key_stride};
+    const auto keys_ahead = [&](const Page<T>& page, long head) {
+      return ahead(table.keys(page, head), page.tokens);
     };
-    const auto values = [&](const Page<T>& page, long head) {
-      return Evenly<T>{page.values + head * kv_.page_size * kv_.value_stride, kv_.value_stride};
-    };
-    const auto ahead = [](const Evenly<T>& rows, long tokens) {
-      return Ahead(rows.first, tokens * rows.stride * static_cast<long>(sizeof(T)));
+    const auto values_ahead = [&](const Page<T>& page, long head) {
+      return ahead(table.values(page, head), page.tokens);
     };
     for (long p = 0; p < pages.count; p++) {
       const Page<T>& page = pages.at[p];
       for (long head = 0; head < task.heads; head++) {
-        Ahead behind = p + 1 < pages.count ? ahead(keys(pages.at[p + 1], head), pages.at[p + 1].tokens)
-                                           : ahead(values(pages.at[0], head), pages.at[0].tokens);
-        score_page<Format>(task, head, page, keys(page, head), behind, at);
+        Ahead behind = p + 1 < pages.count ? keys_ahead(pages.at[p + 1], head)
+                                           : values_ahead(pages.at[0], head);
+        score_page<Format>(task, head, page, table.keys(page, head), behind, at);
       }
     }
     const long panels = (pages.tokens() + kLanes - 1) / kLanes;
@@ -264,11 +261,10 @@ class Kernel {
     for (long p = 0; p < pages.count; p++) {
       const Page<T>& page = pages.at[p];
       for (long head = 0; head < task.heads; head++) {
-        Ahead behind = p + 1 < pages.count
-                           ? ahead(values(pages.at[p + 1], head), pages.at[p + 1].tokens)
-                       : next.count > 0 ? ahead(keys(next.at[0], head), next.at[0].tokens)
-                                        : Ahead(nullptr, 0);
-        const Natural<T> natural{values(page, head), &behind};
+        Ahead behind = p + 1 < pages.count ? values_ahead(pages.at[p + 1], head)
+                       : next.count > 0    ? keys_ahead(next.at[0], head)
+                                           : Ahead(nullptr, 0);
+        const Natural<T> natural{table.values(page, head), &behind};
         for_row_groups(head_rows(task), [&](long r, int group) {
           const long row = head * head_rows(task) + r;
           add_values<Format>(group,

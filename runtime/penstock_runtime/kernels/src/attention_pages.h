@@ -27,6 +27,11 @@ struct Pages {
   long tokens() const { return count == 0 ? 0 : at[count - 1].first + at[count - 1].tokens; }
 };
 
+template <class T>
+Ahead ahead(const Evenly<T>& rows, long count) {
+  return Ahead(rows.first, count * rows.stride * static_cast<long>(sizeof(T)));
+}
+
 // One sequence's, from one KV head on.
 class PageTable {
  public:
@@ -48,11 +53,21 @@ class PageTable {
     }
   }
 
-  // Asks for one head's part of a page.
+  // The rows of the KV head `head` behind the first, in a page.
+  template <class T>
+  Evenly<T> keys(const Page<T>& page, long head) const {
+    return {page.keys + head * kv_.page_size * kv_.key_stride, kv_.key_stride};
+  }
+  template <class T>
+  Evenly<T> values(const Page<T>& page, long head) const {
+    return {page.values + head * kv_.page_size * kv_.value_stride, kv_.value_stride};
+  }
+
+  // Asks for the first head's part of a page.
   template <class T>
   void ask(const Page<T>& page) const {
-    Ahead(page.keys, page.tokens * kv_.key_stride * sizeof(T)).ask_all();
-    Ahead(page.values, page.tokens * kv_.value_stride * sizeof(T)).ask_all();
+    ahead(keys(page, 0), page.tokens).ask_all();
+    ahead(values(page, 0), page.tokens).ask_all();
   }
 
  private:

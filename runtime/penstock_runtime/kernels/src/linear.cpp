@@ -173,7 +173,7 @@ class Product {
   // and used while they are in the first level.
   template <class T>
   void few_rows(Packed<T> weight, Range rows, Range columns) const {
-    const long groups = (rows.size() + kMaxRows - 1) / kMaxRows;
+    const long groups = RowGroup::groups(rows.size());
     const long together = panels_for((rows.size() + groups - 1) / groups) * kLanes;
     for (long n = columns.first; n < columns.last; n += together) {
       const long count = std::min(together, columns.last - n);
@@ -203,7 +203,7 @@ class Product {
         copy_panel(weight.below(k) + n / kLanes, depth, work.panel);
         const Panels<float, 1> panel{work.panel, depth * kLanes};
         for_row_groups(rows.size(), [&](long first, int group) {
-          multiply_rows(group, Spaced<float, kBlock>{work.rows + first * kBlock}, panel, depth,
+          multiply_rows(group, Spaced<float, kBlock>{work.rows + first * kBlock, {}}, panel, depth,
                         call_.y + (rows.first + first) * call_.outputs + n, call_.outputs, count,
                         into(k));
         });

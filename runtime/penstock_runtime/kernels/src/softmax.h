@@ -23,10 +23,6 @@ struct State {
     return {memory + rows * (kLanes + columns), memory + rows * columns, memory};
   }
 
-  State from(long row, long columns) const {
-    return {maximum + row, sum + row * kLanes, out + row * columns};
-  }
-
   void reset(long rows, long columns) const {
     std::fill_n(maximum, rows, kNone);
     std::fill_n(sum, rows * kLanes, 0.0f);

@@ -78,13 +78,12 @@ template <class T>
 using Packed = Panels<T, 2>;
 constexpr int kPackedColumns = 2 * kLanes;
 
-
 // A's rows one behind the other.
-template <class T>
+template <class T, class Stride = long>
 struct RowMajor {
   using Word = T;
   const T* first;
-  long stride;
+  Stride stride;
 
   template <int R>
   PENSTOCK_INLINE T word(int row, long i) const {
@@ -96,17 +95,7 @@ struct RowMajor {
 
 // The same in a known distance: one register finds them all.
 template <class T, long kStride>
-struct Spaced {
-  using Word = T;
-  const T* first;
-
-  template <int R>
-  PENSTOCK_INLINE T word(int row, long i) const {
-    return first[row * kStride + i];
-  }
-  template <int R>
-  PENSTOCK_INLINE void ask(long) const {}
-};
+using Spaced = RowMajor<T, std::integral_constant<long, kStride>>;
 
 // The words of all rows of a tile side by side.
 template <class T>
@@ -334,8 +323,8 @@ void row_of_tiles(A a, B b, long k, float* c, long c_stride, long columns, Into 
   }
 }
 
-// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. A is RowMajor, Spaced or
-// Interleaved; B is Panels, or Natural.
+// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. A is RowMajor or Interleaved;
+// B is Panels, or Natural.
 template <class A, class B>
 void multiply_rows(int rows, A a, B b, long k, float* c, long c_stride, long columns, Into into) {
   switch (rows) {

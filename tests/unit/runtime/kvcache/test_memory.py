@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import re
 from pathlib import Path
 
@@ -30,6 +32,16 @@ def test_large_pages_are_asked_for():
         pytest.skip("this kernel has no large pages")
     memory = large_empty(16 * MIB, torch.float32)
     assert "hg" in flags_of_mapping(memory.data_ptr())
+
+
+def test_a_refusal_of_large_pages_changes_nothing_but_speed(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    memory = large_empty(3 * MIB, torch.float32)
+    assert memory.fill_(1).sum() == 3 * MIB
 
 
 def flags_of_mapping(address: int) -> list[str]:

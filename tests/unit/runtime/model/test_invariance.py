@@ -4,7 +4,6 @@ prompt or as a decode step."""
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -112,12 +111,9 @@ def test_layers_in_one_call_give_the_bits_of_their_parts(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rows_of_a_thread_and_columns_of_a_thread_give_the_same_bits(tmp_path, threads):
+def test_rows_of_a_thread_and_columns_of_a_thread_give_the_same_bits(references, threads):
     """Of many rows each thread computes its own, of a few rows its own columns."""
-    built_kernels()
-    config = deepcopy(CONFIGS["qwen3"])
-    config.intermediate_size = 96  # whole tiles, unlike that of the other models here
-    known = reference(config, tmp_path)
+    known = references("qwen3")
     models = load(known.path, [], torch.bfloat16, pairs=True)
     in_one, in_pieces = (Sequences(models, page_size=32, count=1) for _ in range(2))
     torch.set_num_threads(threads)
