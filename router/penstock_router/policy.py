@@ -8,12 +8,16 @@ The cost of a pair is the time until its client has the answer:
 
 Every term comes from what the workers publish (`Load`) and from the prefix index; nothing is a
 request count, and a slow worker beside a fast one needs no weight.
+
+Of pairs that cost the same, the one whose decode worker needs the fewest new pages wins: what the
+prefill group has cached saves the computing wherever it goes, but not the sending and the room.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from statistics import median
 from typing import TYPE_CHECKING
 
 from penstock_wire.messages import CostCoefficients, Load
@@ -117,15 +121,17 @@ def choose(
     require_prefill: bool,
     rng: random.Random,
 ) -> Choice | None:
-    """Return the cheapest pair, ties broken at random; None if no pair can take the request.
+    """Return the cheapest pair; None if no pair can take the request.
+
+    Ties go to those that need the fewest new pages, and are broken at random among these.
 
     A decode worker is paired only with groups of its KV layout and model whose every stage has a
     verified link to it (`Load.groups_ready`). Workers that are not ready, and those whose whole KV
     is smaller than the prompt, are no candidates.
     """
-    fallback = _colleague_cost(decodes, groups)
+    cost, step = _colleague_cost(decodes, groups), _colleague_step(decodes)
     choices = [
-        _score(demand, decode, group, fallback)
+        _score(demand, decode, group, cost, step)
         for decode in decodes
         if _can_hold(demand, decode)
         for group in _partners(decode, groups, require_prefill=require_prefill)
@@ -133,7 +139,9 @@ def choose(
     if not choices:
         return None
     best = min(choice.cost for choice in choices)
-    return rng.choice([choice for choice in choices if choice.cost <= best * (1 + TIE) + 1e-6])
+    near = [choice for choice in choices if choice.cost <= best * (1 + TIE) + 1e-6]
+    fewest = min(choice.pages for choice in near)
+    return rng.choice([choice for choice in near if choice.pages == fewest])
 
 
 def _can_hold(demand: Demand, decode: DecodeCandidate) -> bool:
@@ -160,7 +168,8 @@ def _score(
     demand: Demand,
     decode: DecodeCandidate,
     group: GroupCandidate | None,
-    fallback: CostCoefficients,
+    fallback_cost: CostCoefficients,
+    fallback_step: float,
 ) -> Choice:
     load = decode.load
     # A stage that has less than the decode worker reads the rest from there, and one that has more
@@ -170,12 +179,13 @@ def _score(
     new = demand.prompt_tokens - 1 - cached
     if group is None:
         queued = load.queued_seconds + decode.routed_seconds
-        prefill = prefill_seconds(load.cost or fallback, 1, cached, new)
+        prefill = prefill_seconds(load.cost or fallback_cost, 1, cached, new)
     else:
         queued = group.load.queued_seconds + group.routed_seconds
-        prefill = prefill_seconds(group.load.cost or fallback, group.load.stages, cached, new)
+        prefill = prefill_seconds(group.load.cost or fallback_cost, group.load.stages, cached, new)
     output = min(demand.max_output, EXPECTED_OUTPUT)
-    token_seconds = load.step_seconds + load.step_seconds_per_request * (1 + decode.routed)
+    step = load.step_seconds or fallback_step
+    token_seconds = step + load.step_seconds_per_request * (1 + decode.routed)
     pages = _pages(demand.prompt_tokens + output, decode.page_size)
     pages -= min(decode.cached_tokens, demand.prompt_tokens - 1) // decode.page_size
     room = _room_seconds(decode, pages, token_seconds)
@@ -211,6 +221,16 @@ def _colleague_cost(
             if candidate.load.cost is not None:
                 return candidate.load.cost
     return UNKNOWN_COST
+
+
+def _colleague_step(decodes: Iterable[DecodeCandidate]) -> float:
+    """Return the step time that stands in for that of a worker which has not decoded yet.
+
+    Without it a new worker would look infinitely fast beside one that is warm, and take prompts
+    from where their prefix lies.
+    """
+    known = [d.load.step_seconds for d in decodes if d.load.step_seconds > 0]
+    return median(known) if known else 0.0
 
 
 def _pages(tokens: int, page_size: int) -> int:

@@ -242,7 +242,7 @@ class Load(Message, frozen=True, kw_only=True, tag="load"):
     """Prefill group: of its slowest stage. Decode: of prefilling here."""
     stages: int = 1
     step_seconds: float = 0.0
-    """Decode: recent time of one step."""
+    """Decode: recent time of a step without prompts' chunks; 0 before the first."""
     step_seconds_per_request: float = 0.0
     """Decode: predicted growth of the step's time with one more request."""
     groups_ready: tuple[Name, ...] = ()
@@ -509,13 +509,18 @@ class LinkProbe(Message, frozen=True, kw_only=True, tag="link_probe"):
 
 
 class ChunkDelivered(Message, frozen=True, kw_only=True, tag="delivered"):
-    """The KV of tokens [start, end) of this stage's layers lies in the granted pages."""
+    """The KV of tokens [start, end) of this stage's layers lies in the granted pages.
+
+    `reused`: tokens at the prompt's start that the group did not compute, because it or the
+    receiver had them.
+    """
 
     incarnation: int
     grant: int
     stage: int
     start: int
     end: int
+    reused: int = 0
 
 
 class RingProbe(Message, frozen=True, kw_only=True, tag="ring_probe"):

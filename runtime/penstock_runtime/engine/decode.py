@@ -70,13 +70,14 @@ class DecodeStats:
     remote_cuts: int = 0
     compute_seconds: float = 0.0
     step_seconds: float = 0.0
-    """A moving mean."""
+    """A moving mean over the steps that only decoded: a prompt's chunk says nothing of a token."""
 
-    def step(self, seconds: float) -> None:
+    def step(self, seconds: float, *, decoded_only: bool) -> None:
         """Count one step."""
         self.steps += 1
         self.compute_seconds += seconds
-        self.step_seconds += (seconds - self.step_seconds) * (0.1 if self.step_seconds else 1.0)
+        if decoded_only:
+            self.step_seconds += (seconds - self.step_seconds) * (0.1 if self.step_seconds else 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +229,11 @@ class DecodeEngine:
         """Fences since the start, over the groups there are."""
         return sum(link.fences for link in self._groups.values())
 
-    def prefill_complete(self, grant: int) -> None:
+    def prefill_complete(self, grant: int, reused: int) -> None:
         """See `GrantOwner`."""
         granted = self._grants.pop(grant, None)
         if granted is not None:
-            self.scheduler.remote_done(granted.request_id)
+            self.scheduler.remote_done(granted.request_id, reused)
         self._wake.set()
 
     def prefill_cut(self, cut: Revocation, reason: str) -> None:
@@ -319,7 +320,7 @@ class DecodeEngine:
             return
         seconds = time.perf_counter() - started
         self.scheduler.cost.observe(batch.chunks, seconds)
-        self.stats.step(seconds)
+        self.stats.step(seconds, decoded_only=batch.tokens == len(batch.segments))
         self._stream(batch, sampled)
 
     def _row(self, request_id: str) -> SamplingRow:

@@ -63,8 +63,8 @@ class GroupLinkSettings:
 class GrantOwner(Protocol):
     """Who asked for grants: the decode engine."""
 
-    def prefill_complete(self, grant: int) -> None:
-        """All KV is there; the grant has ended."""
+    def prefill_complete(self, grant: int, reused: int) -> None:
+        """All KV is there, `reused` tokens of it without being computed; the grant has ended."""
         ...
 
     def prefill_cut(self, cut: Revocation, reason: str) -> None:
@@ -283,7 +283,7 @@ class GroupLink:
                 incarnation, note.grant, note.stage, note.start, note.end
             )
             if delivery is not None and delivery.complete:
-                self._owner.prefill_complete(note.grant)
+                self._owner.prefill_complete(note.grant, note.reused)
         elif isinstance(note, LinkProbe) and 0 <= note.stage < len(self._clients):
             echo = LinkEcho(incarnation=incarnation, nonce=note.nonce)
             with contextlib.suppress(LinkDown):

@@ -221,6 +221,7 @@ class KvWriter:
             stage=self._identity.stage,
             start=start,
             end=end,
+            reused=admit.start,
         )
         ours, theirs = self._ours(admit, first, last), self._theirs(link, admit, first, last)
         local, remote = page_ranges(self._layout, ours.layers, ours, theirs)

@@ -276,9 +276,18 @@ class DecodeScheduler:
 
     # --- remote prefill -----------------------------------------------------------------------
 
-    def remote_done(self, request_id: str) -> None:
-        """All KV is there, and all granted pages are resident again: the request decodes."""
+    def remote_done(self, request_id: str, reused: int) -> None:
+        """All KV is there, and all granted pages are resident again: the request decodes.
+
+        Args:
+            request_id: a REMOTE one.
+            reused: tokens at its start that the group had already, or read from here. What is
+                reported as cached is what nobody computed, wherever it lay.
+        """
         request = self._remote(request_id)
+        if request.admissions == 1:
+            reused = min(reused, request.prompt_length)
+            request.cached_tokens = max(request.cached_tokens, reused)
         self._commit(request, len(request.tokens) - 1)
         request.remote_failures = 0
         request.state = State.RUNNING

@@ -63,7 +63,7 @@ class DecodeRequest:
     underway: dict[int, bytes] = field(default_factory=dict)
     """Block number → hash, of those that others may wait for."""
     cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache at the first admission."""
+    """Prompt tokens that the first admission found cached, here or in the prefill group."""
     admissions: int = 0
     remote_failures: int = 0
     group_wait_until: float | None = None

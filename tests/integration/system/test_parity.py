@@ -58,7 +58,7 @@ async def test_two_stages_over_nixl(
 async def test_prefix_hits_on_both_sides(
     model: Path, reference: checkpoint.Reference, tmp_path: Path
 ) -> None:
-    """A second turn finds its first in the decode worker; a sibling finds the group's pages."""
+    """A second turn finds its first wherever it goes; a sibling finds the group's pages."""
     async with running(model, tmp_path, Shape(decodes=2), nixl) as service:
         first, sibling = prompts(2, [100, 120], shared=160)
         one = await service.complete(first, 24)
@@ -70,8 +70,10 @@ async def test_prefix_hits_on_both_sides(
         assert two.cached >= 256
         three = await service.complete(sibling, 12)
         assert three.tokens == reference.greedy(sibling, 12)
+        assert three.cached >= 160
         again = await service.complete(first, 24)
         assert again.tokens == one.tokens
+        assert again.cached >= 256
         await service.settled()
 
 

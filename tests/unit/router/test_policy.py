@@ -99,6 +99,30 @@ def test_a_slow_decode_worker_is_left_to_the_others() -> None:
     assert chosen([decode("d0", step_seconds=0.2), decode("d1")]) == "d1/"
 
 
+def test_a_worker_that_never_decoded_is_taken_for_as_fast_as_its_colleagues() -> None:
+    fresh = decode("d1", step_seconds=0.0)
+    for seed in range(20):
+        choice = pick(
+            [decode("d0", cached_tokens=960), fresh], [group(cached_tokens=960)], seed=seed
+        )
+        assert choice is not None
+        assert choice.decode == "d0"
+    assert chosen([decode("d0", step_seconds=0.2), decode("d2"), fresh]) != "d0/"
+
+
+def test_ties_go_to_the_worker_that_has_the_prefix() -> None:
+    """The group's cache saves the computing for both, but one of them has the KV already."""
+    decodes = [decode("d0"), decode("d1", cached_tokens=480), decode("d2", cached_tokens=960)]
+    for seed in range(20):
+        choice = pick(decodes, [group(cached_tokens=960)], seed=seed)
+        assert choice is not None
+        assert choice.decode == "d2"
+    decodes[2] = decode("d2", cached_tokens=960, routed=50)
+    choice = pick(decodes, [group(cached_tokens=960)])
+    assert choice is not None
+    assert choice.decode == "d1", "affinity breaks ties only"
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -165,7 +189,7 @@ LOADS = st.fixed_dictionaries(
         "queued_seconds": st.floats(0, 10),
         "cached_tokens": st.integers(0, 2000),
         "pages_free": st.integers(0, 1000),
-        "step_seconds": st.floats(0, 0.5),
+        "step_seconds": st.floats(0.001, 0.5),
         "routed": st.integers(0, 20),
         "state": st.sampled_from(["ready", "draining"]),
     }

@@ -68,6 +68,8 @@ class Job:
     pages: tuple[int, ...]
     done: list[int]
     """Tokens written by each stage."""
+    reused: int
+    """Tokens that it had not to compute."""
 
 
 @dataclass
@@ -104,6 +106,8 @@ class Simulation:
         self.finished: dict[str, str] = {}
         self.cancelled: set[str] = set()
         self.groups: tuple[str, ...] = ("g",)
+        self.group_cached = 0
+        """Tokens of every prompt that the group has already."""
         self.prompts: dict[str, tuple[array[int], Sampling]] = {}
 
     # --- what happens ---------------------------------------------------------------------------
@@ -158,7 +162,12 @@ class Simulation:
         )
         self._check_kv(remote.tokens, remote.pages, remote.cached)
         self.jobs[grant] = Job(
-            remote.request_id, grant, remote.tokens, remote.pages, [remote.cached] * STAGES
+            remote.request_id,
+            grant,
+            remote.tokens,
+            remote.pages,
+            [remote.cached] * STAGES,
+            reused=max(remote.cached, self.group_cached),
         )
 
     def work_remotely(self, grant: int, stage: int, pages: int = 1) -> None:
@@ -174,7 +183,7 @@ class Simulation:
         assert delivery is not None
         if delivery.complete:
             del self.jobs[grant]
-            self.scheduler.remote_done(job.request_id)
+            self.scheduler.remote_done(job.request_id, job.reused)
 
     def fail_remotely(self, grant: int) -> None:
         name = self.jobs[grant].request_id

@@ -131,6 +131,37 @@ def test_a_short_remainder_is_prefilled_here() -> None:
     sim.run()
 
 
+def test_what_the_group_had_cached_is_reported_as_cached() -> None:
+    """Of the first attempt: what a later one finds may be the request's own."""
+
+    def admitted(sim: Simulation, name: str) -> int:
+        sim.admit()
+        for stage in range(2):
+            sim.work_remotely(next(iter(sim.jobs)), stage, pages=20)
+        request = sim.scheduler.get(name)
+        assert request is not None
+        return request.cached_tokens
+
+    sim = Simulation()
+    prompt = prompt_of(41, 1)
+    sim.add("a", prompt, outputs(1), group="g")
+    sim.group_cached = 28
+    assert admitted(sim, "a") == 28
+    sim.add("b", prompt[:20] + prompt_of(20, 2), outputs(1), group="g")
+    sim.group_cached = 12
+    assert admitted(sim, "b") == 20, "here is more of it than in the group"
+    early = array("i", answer(prompt_of(30, 3), outputs(11), 99)[0][:10])
+    sim.add("c", prompt_of(30, 3), outputs(11), group="g", output=early)
+    sim.group_cached = 36
+    assert admitted(sim, "c") == 30, "an earlier attempt's output is no prompt"
+    sim.add("d", prompt_of(41, 5), outputs(1), group="g")
+    sim.admit()
+    sim.fail_remotely(next(iter(sim.jobs)))
+    sim.group_cached = 40
+    assert admitted(sim, "d") == 0
+    sim.run()
+
+
 def test_a_failed_prefill_resumes_from_what_all_stages_delivered() -> None:
     sim = Simulation()
     prompt = prompt_of(41, 1)
@@ -343,7 +374,7 @@ def test_only_the_batch_that_is_out_is_taken_back() -> None:
     with pytest.raises(ValueError, match="not the batch"):
         sim.scheduler.complete_step(replace(batch, segments=()), [TokenOut(1)])
     with pytest.raises(ValueError, match="running, not remote"):
-        sim.scheduler.remote_done("a")
+        sim.scheduler.remote_done("a", 0)
 
 
 def test_load_counts_what_is_computed_here() -> None:
