@@ -18,8 +18,11 @@ class Shape:
     """Elements of all matrices but the embedding, the head among them."""
     head: int
     """Elements of the head: only the last token of a prompt meets it."""
+    last: int
+    """Elements of the last layer that only the last token must meet: all but k's and v's."""
+    layers: int
     attention: int
-    """Query heads times head dim, of all layers."""
+    """Query heads times head dim, of one layer."""
     kv: int
     """Elements of keys and values a token, of all layers."""
     weight_bytes: int
@@ -40,16 +43,23 @@ class Shape:
         return cls(
             weights=layers * layer + head,
             head=head,
-            attention=layers * heads * dim,
+            last=layer - hidden * dim * 2 * kv_heads,
+            layers=layers,
+            attention=heads * dim,
             kv=layers * 2 * kv_heads * dim,
             weight_bytes=2 if options.kernels == "native" else 4,
             kv_bytes=4 if options.dtype == "float32" else 2,
         )
 
     def flops(self, tokens: int) -> float:
-        """Return the operations of a prompt, its causal half of attention counted."""
-        pairs = tokens * (tokens + 1) / 2
-        return 2 * (self.weights - self.head) * tokens + 2 * self.head + 4 * pairs * self.attention
+        """Return the operations that the token behind a prompt takes at least.
+
+        Attention's causal half is counted, and of the last layer the last token alone, but for
+        everybody's keys and values.
+        """
+        every = self.weights - self.head - self.last
+        pairs = (self.layers - 1) * tokens * (tokens + 1) / 2 + tokens
+        return 2 * every * tokens + 2 * (self.last + self.head) + 4 * pairs * self.attention
 
     def step_bytes(self, batch: int, context: float) -> float:
         """Return the bytes that a decode step reads."""

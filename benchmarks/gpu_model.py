@@ -59,15 +59,19 @@ class Shape:
         return weights * ITEMSIZE + batch * context * self.kv_bytes
 
     def prefill_flops(self, tokens: int) -> float:
-        """Return the floating-point operations of a prompt: 2 a weight and token, and attention.
+        """Return the operations that the token behind a prompt takes: 2 a weight and token, and
+        attention.
 
-        Causal attention multiplies half of tokens² pairs twice (QKᵀ and PV), 2 operations each. The
-        projection to logits is of one row.
+        Causal attention multiplies half of tokens² pairs twice (QKᵀ and PV), 2 operations each. Of
+        the last layer, the keys and values of all tokens are computed, the rest and the projection
+        to logits of one.
         """
-        linear = 2 * self.num_hidden_layers * self.layer_weights * tokens
+        full = self.num_hidden_layers - 1
+        keys_values = 2 * self.hidden_size * self.num_key_value_heads * self.head_dim
+        linear = 2 * (full * self.layer_weights + keys_values) * tokens
         width = self.num_attention_heads * self.head_dim
-        attention = 2 * self.num_hidden_layers * width * tokens**2
-        return linear + attention + 2 * self.head_weights
+        attention = 2 * full * width * tokens**2
+        return linear + attention + 2 * (self.layer_weights + self.head_weights)
 
 
 SHAPES = {

@@ -82,9 +82,13 @@ class Layout:
         return self.stages * self.ranks
 
     def bytes_between(self, config: ModelConfig, dtype: str, tokens: int) -> int:
-        """Return what the workers send each other for a prompt, by the formula."""
+        """Return what the workers send each other for a prompt, by the formula.
+
+        Ranks sum twice a layer, and the embedding. Of the last layer they compute keys and values
+        only, which they do not sum.
+        """
         handed_on = (self.stages - 1) * ITEM_BYTES[dtype]
-        summed = 2 * (self.ranks - 1) * (2 * config.layers + 1) * SUM_BYTES
+        summed = 2 * (self.ranks - 1) * (2 * (config.layers - 1) + 1) * SUM_BYTES
         return tokens * config.hidden_size * (handed_on + summed)
 
 
@@ -101,12 +105,16 @@ LAYOUTS = {
 
 
 def flops(config: ModelConfig, tokens: int) -> float:
-    """Return the arithmetic of a prompt: 2 a weight and token, 4 a head dimension and key."""
+    """Return the arithmetic of a prefill: 2 a weight and token, 4 a head dimension and key.
+
+    Of the last layer keys and values alone.
+    """
     width = config.head_dim
     projections = config.hidden_size * width * 2 * (config.heads + config.kv_heads)
     weights = projections + 3 * config.hidden_size * config.intermediate_size
+    keys_values = 2 * config.hidden_size * width * config.kv_heads
     attention = 4 * config.heads * width * tokens / 2
-    return tokens * config.layers * (2 * weights + attention)
+    return tokens * ((config.layers - 1) * (2 * weights + attention) + 2 * keys_values)
 
 
 # --- the service ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tests.unit.runtime.attention.test_backends import (
     make_pool,
     make_segments,
     queries,
+    write_and_attend,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -47,7 +48,7 @@ def test_equals_the_definition(spans, page_size, kv_heads, group, head_dim, dtyp
         for each in backends:
             pool = make_pool(pages, kv_heads, page_size, head_dim, dtype).tensor.to(CUDA)
             plan = each.plan(segments, page_size, CUDA)
-            outputs.append(each.run(plan, q, k, v, pool[:, layer], scale))
+            outputs.append(write_and_attend(each, plan, (q, k, v), pool[:, layer], scale))
             pools.append(pool)
         torch.testing.assert_close(outputs[1], outputs[0], atol=3e-2, rtol=3e-2)
         assert torch.equal(pools[1], pools[0]), "KV was not written where it belongs"

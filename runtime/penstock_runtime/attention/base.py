@@ -3,8 +3,10 @@
 Shape letters: T tokens of the batch, N query heads, K KV heads, H head dim, S page size.
 
 A batch is a run of *segments*, one a sequence: a prefill chunk has many tokens, a decode step one.
-A backend is asked twice: `plan` once a forward pass (everything that does not depend on the layer),
-then `run` once a layer. KV of the batch's own tokens is written before attention reads it.
+`plan` is asked once a forward pass, for everything that does not depend on the layer; then, once a
+layer, `write` puts the batch's own keys and values into their pages and `attend` reads all of them.
+The two are apart because of the last layer: every token leaves its keys and values there, but the
+output is wanted of a few rows at most.
 """
 
 from __future__ import annotations
@@ -35,6 +37,22 @@ class Segment:
     """Pages of the sequence in order; at least ceil((start + length) / page_size) of them."""
 
 
+def single_rows(segments: Sequence[Segment], rows: Sequence[int]) -> list[Segment]:
+    """Return rows of a batch, in rising order, as segments of one token each."""
+    found: list[Segment] = []
+    first, remaining = 0, iter(segments)
+    segment = next(remaining, None)
+    for row in rows:
+        while segment is not None and row >= first + segment.length:
+            first += segment.length
+            segment = next(remaining, None)
+        if segment is None or row < first:
+            raise ValueError(f"rows {list(rows)} do not rise within the batch")
+        position = segment.start + row - first
+        found.append(Segment(start=position, length=1, pages=segment.pages))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
     """What all batches of a model have in common: the heads of one process, and their dtype."""
@@ -58,20 +76,29 @@ class AttentionBackend(ABC, Generic[PlanT]):
     def plan(self, segments: Sequence[Segment], page_size: int, device: torch.device) -> PlanT:
         """Prepare what all layers share: page tables, slots to write, masks."""
 
-    @abstractmethod
-    def run(
-        self,
-        plan: PlanT,
-        q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
-        kv_layer: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Write k and v into the layer's pages, then return attention's output, (T, N, H).
+    def plan_rows(self, segments: Sequence[Segment], page_size: int, device: torch.device) -> PlanT:
+        """Prepare the attention of some rows of a batch, segments of one token each.
 
-        `kv_layer` is the pool's view of one layer, (pages, 2, K, S, H), not contiguous. A query at
-        position p sees the keys at positions [0, p] of its own sequence.
+        For `attend` alone. The batch's own plan, made before, stays valid beside it.
+        """
+        return self.plan(segments, page_size, device)
+
+    @abstractmethod
+    def write(
+        self, plan: PlanT, k_TKH: torch.Tensor, v_TKH: torch.Tensor, kv_layer: torch.Tensor
+    ) -> None:
+        """Put k and v into the layer's pages.
+
+        `kv_layer` is the pool's view of one layer, (pages, 2, K, S, H), not contiguous.
+        """
+
+    @abstractmethod
+    def attend(
+        self, plan: PlanT, q_TNH: torch.Tensor, kv_layer: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Return attention's output, (T, N, H), over what has been written.
+
+        A query at position p sees the keys at positions [0, p] of its own sequence.
         """
 
 
@@ -79,7 +106,7 @@ class ProjectedAttention(AttentionBackend[PlanT]):
     """A backend that also does what lies between the projections and attention, in one pass."""
 
     @abstractmethod
-    def run_projected(
+    def write_projected(
         self,
         plan: PlanT,
         qkv_TW: torch.Tensor,
@@ -87,9 +114,8 @@ class ProjectedAttention(AttentionBackend[PlanT]):
         norm: tuple[torch.Tensor, float] | None,
         rotations: torch.Tensor,
         kv_layer: torch.Tensor,
-        scale: float,
     ) -> torch.Tensor:
-        """Norm and rotate q and k, write k and v, and return attention's output, (T, N · H).
+        """Norm and rotate q and k, write k and v; return rows that begin with q, (T, (N + …) · H).
 
         Args:
             plan: of the batch.
@@ -98,6 +124,11 @@ class ProjectedAttention(AttentionBackend[PlanT]):
             norm: weights (N + K, H) and epsilon of an RMS norm over each head, or none.
             rotations: complex64 (T, 1, H / 2): what pairs of neighbours in q and k are
                 multiplied by.
-            kv_layer: as for `run`.
-            scale: as for `run`.
+            kv_layer: as for `write`.
         """
+
+    @abstractmethod
+    def attend_projected(
+        self, plan: PlanT, q_TW: torch.Tensor, heads: int, kv_layer: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Return attention's output, (T, N · H). `q_TW`: rows that `write_projected` returned."""

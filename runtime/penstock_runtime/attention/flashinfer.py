@@ -6,7 +6,8 @@ the tensor (`paged_kv_t` in its page.cuh), in elements and 32 bits; K and V must
 the last dimension must be dense. All of that holds for the view, so nothing is copied.
 
 The rows of a batch are the decode rows that come first, which the scheduler sees to, and the rest,
-chunks or not. Each part has its wrapper, planned once a batch.
+chunks or not. Each part has its wrapper, planned once a batch, and so have the rows that are wanted
+of the last layer.
 
 Plans are made in buffers of the wrappers: a plan is valid until the next one, and the device must
 have finished with a batch before the next is planned, since tables are copied to it from pinned
@@ -56,6 +57,18 @@ class Appends:
     indices: torch.Tensor
     last_page_len: torch.Tensor
 
+    @classmethod
+    def of(cls, segments: Sequence[Segment], table: PageTable, device: torch.device) -> Appends:
+        """Return the places of the segments' tokens; `table` is theirs."""
+        sequences, positions = token_places(segments)
+        return cls(
+            sequences.to(device),
+            positions.to(device),
+            table.indptr.to(device),
+            table.indices.to(device),
+            table.last_page_len.to(device),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class FlashInferPlan:
@@ -76,8 +89,11 @@ class FlashInferAttention(AttentionBackend[FlashInferPlan]):
         self._shape = shape
         self._device = device
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._decode = library.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace, _LAYOUT, use_tensor_cores=self._tensor_cores, backend="fa2"
+        self._decode, self._wanted = (
+            library.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace, _LAYOUT, use_tensor_cores=self._tensor_cores, backend="fa2"
+            )
+            for _ in range(2)
         )
         self._prefill = library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, _LAYOUT)
 
@@ -95,18 +111,21 @@ class FlashInferAttention(AttentionBackend[FlashInferPlan]):
             plan_decode(self._decode, table.part(0, decodes), page_size, self._shape)
         if decodes < len(segments):
             self._plan_prefill(segments[decodes:], table.part(decodes, len(segments)), page_size)
-        sequences, positions = token_places(segments)
         return FlashInferPlan(
-            Appends(
-                sequences.to(device),
-                positions.to(device),
-                table.indptr.to(device),
-                table.indices.to(device),
-                table.last_page_len.to(device),
-            ),
+            Appends.of(segments, table, device),
             decodes,
             self._decode if decodes else None,
             self._prefill if decodes < len(segments) else None,
+        )
+
+    def plan_rows(
+        self, segments: Sequence[Segment], page_size: int, device: torch.device
+    ) -> FlashInferPlan:
+        """Plan them in a wrapper of their own: the batch's are in use."""
+        table = PageTable.of(segments, page_size)
+        plan_decode(self._wanted, table, page_size, self._shape)
+        return FlashInferPlan(
+            Appends.of(segments, table, device), len(segments), self._wanted, None
         )
 
     def _plan_prefill(self, chunks: Sequence[Segment], table: PageTable, page_size: int) -> None:
@@ -127,18 +146,10 @@ class FlashInferAttention(AttentionBackend[FlashInferPlan]):
             sm_scale=shape.scale,
         )
 
-    def run(
-        self,
-        plan: FlashInferPlan,
-        q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
-        kv_layer: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Write, then attend: decode rows, then chunks. Raises ValueError for another scale."""
-        if not math.isclose(scale, self._shape.scale, rel_tol=1e-6):
-            raise ValueError(f"planned for a scale of {self._shape.scale}, not {scale}")
+    def write(
+        self, plan: FlashInferPlan, k_TKH: torch.Tensor, v_TKH: torch.Tensor, kv_layer: torch.Tensor
+    ) -> None:
+        """See the interface."""
         to = plan.appends
         self._library.append_paged_kv_cache(
             k_TKH,
@@ -151,6 +162,13 @@ class FlashInferAttention(AttentionBackend[FlashInferPlan]):
             to.last_page_len,
             kv_layout=_LAYOUT,
         )
+
+    def attend(
+        self, plan: FlashInferPlan, q_TNH: torch.Tensor, kv_layer: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Decode rows, then chunks. Raises ValueError for another scale."""
+        if not math.isclose(scale, self._shape.scale, rel_tol=1e-6):
+            raise ValueError(f"planned for a scale of {self._shape.scale}, not {scale}")
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
         rows = plan.decode_rows
         if plan.decode is not None:

@@ -145,18 +145,20 @@ class PagedCpuAttention(AttentionBackend[CpuPlan]):
         ]
         return CpuPlan(Slots.of(segments, page_size, device), chunks, groups)
 
-    def run(
-        self,
-        plan: CpuPlan,
-        q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
-        kv_layer: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Write, then attend: chunks one by one, decode rows in groups."""
+    def write(
+        self, plan: CpuPlan, k_TKH: torch.Tensor, v_TKH: torch.Tensor, kv_layer: torch.Tensor
+    ) -> None:
+        """See the interface."""
         started = time.perf_counter() if self.timings else 0.0
         plan.slots.write(kv_layer, k_TKH, v_TKH)
+        if self.timings:
+            self.timings.attention += time.perf_counter() - started
+
+    def attend(
+        self, plan: CpuPlan, q_TNH: torch.Tensor, kv_layer: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Chunks one by one, decode rows in groups."""
+        started = time.perf_counter() if self.timings else 0.0
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
         for chunk in plan.chunks:
             rows = slice(chunk.first, chunk.last)

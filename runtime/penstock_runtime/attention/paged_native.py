@@ -64,23 +64,22 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         )
         return NativePlan(Slots.of(segments, page_size, device), table)
 
-    def run(
-        self,
-        plan: NativePlan,
-        q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
-        kv_layer: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Write, then attend."""
+    def write(
+        self, plan: NativePlan, k_TKH: torch.Tensor, v_TKH: torch.Tensor, kv_layer: torch.Tensor
+    ) -> None:
+        """See the interface."""
         plan.slots.write(kv_layer, k_TKH, v_TKH)
+
+    def attend(
+        self, plan: NativePlan, q_TNH: torch.Tensor, kv_layer: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """See the interface."""
         tokens, heads, _ = q_TNH.shape
         q_TW = q_TNH.float().reshape(tokens, -1)
-        out_TW = self._attend(plan, q_TW, self._pages(kv_layer), heads, scale)
+        out_TW = self.attend_projected(plan, q_TW, heads, kv_layer, scale)
         return out_TW.view(tokens, heads, -1).to(q_TNH.dtype)
 
-    def run_projected(
+    def write_projected(
         self,
         plan: NativePlan,
         qkv_TW: torch.Tensor,
@@ -88,27 +87,27 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         norm: tuple[torch.Tensor, float] | None,
         rotations: torch.Tensor,
         kv_layer: torch.Tensor,
-        scale: float,
     ) -> torch.Tensor:
-        """Norm, rotate and write in one pass, then attend."""
-        qkv_TW, kv, slots = qkv_TW.float(), self._pages(kv_layer), plan.slots
+        """Norm, rotate and write in one pass."""
+        qkv_TW, slots = qkv_TW.float(), plan.slots
         self._kernels.attention_inputs(
             qkv_TW,
             heads=heads,
             norm=norm,
             rotations=rotations,
             slots=(slots.pages, slots.offsets),
-            kv=kv,
+            kv=self._pages(kv_layer),
         )
-        return self._attend(plan, qkv_TW, kv, heads, scale)
+        return qkv_TW
 
-    def _attend(
-        self, plan: NativePlan, q_TW: torch.Tensor, kv: KvPages, heads: int, scale: float
+    def attend_projected(
+        self, plan: NativePlan, q_TW: torch.Tensor, heads: int, kv_layer: torch.Tensor, scale: float
     ) -> torch.Tensor:
+        """See the interface."""
         return self._kernels.attention(
             q_TW,
             plan.segments,
-            kv,
+            self._pages(kv_layer),
             heads=heads,
             scale=scale,
             round_inputs=self.round_inputs,

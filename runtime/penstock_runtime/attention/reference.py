@@ -31,17 +31,16 @@ class ReferenceAttention(AttentionBackend[ReferencePlan]):
         """Keep the segments."""
         return ReferencePlan(tuple(segments), Slots.of(segments, page_size, device))
 
-    def run(
-        self,
-        plan: ReferencePlan,
-        q_TNH: torch.Tensor,
-        k_TKH: torch.Tensor,
-        v_TKH: torch.Tensor,
-        kv_layer: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Write, then attend, segment by segment."""
+    def write(
+        self, plan: ReferencePlan, k_TKH: torch.Tensor, v_TKH: torch.Tensor, kv_layer: torch.Tensor
+    ) -> None:
+        """See the interface."""
         plan.slots.write(kv_layer, k_TKH, v_TKH)
+
+    def attend(
+        self, plan: ReferencePlan, q_TNH: torch.Tensor, kv_layer: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Segment by segment."""
         parts = torch.split(q_TNH, [segment.length for segment in plan.segments])
         return torch.cat(
             [

@@ -26,16 +26,16 @@ class RankStep(msgspec.Struct, frozen=True, array_like=True):
     segments: tuple[RankSegment, ...]
     tokens: bytes
     """Token ids as int32. Empty: hidden states come from rank 0."""
-    logit_rows: tuple[int, ...]
-    """Rows whose logits are wanted."""
+    wanted: tuple[int, ...] | None
+    """Rows whose hidden states are wanted, and then their logits; None: all, without logits."""
 
     @classmethod
     def of(
-        cls, segments: Sequence[Segment], tokens: bytes, logit_rows: Sequence[int] = ()
+        cls, segments: Sequence[Segment], tokens: bytes, wanted: Sequence[int] | None
     ) -> RankStep:
         """Return the step of a batch."""
         told = tuple(RankSegment(s.start, s.length, tuple(s.pages)) for s in segments)
-        return cls(told, tokens, tuple(logit_rows))
+        return cls(told, tokens, None if wanted is None else tuple(wanted))
 
     def batch(self) -> list[Segment]:
         """Return the segments as the attention takes them."""

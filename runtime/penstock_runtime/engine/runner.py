@@ -12,6 +12,7 @@ import torch
 from penstock_runtime.attention.base import Segment
 from penstock_runtime.engine.rank_step import NoFollowers, RankStep
 from penstock_runtime.engine.sampler import SamplingRow, sample
+from penstock_runtime.model.layers import WantedRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,16 +34,19 @@ class StageRunner:
         pool: PoolTensor,
         *,
         embeds: bool,
+        last: bool,
         followers: Followers | None = None,
     ) -> None:
+        """`embeds`: the first stage. `last`: the last one, whose hidden states nobody asks for."""
         self._model = model
         self._pool = pool
         self._embeds = embeds
+        self._wanted: tuple[int, ...] | None = () if last else None
         self._followers = followers or NoFollowers()
         self.page_size = pool.layout.page_size
 
     def run(self, hidden_or_tokens: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        """Return the hidden states (T, D) behind this stage's layers.
+        """Return the hidden states (T, D) behind this stage's layers; of the last one none.
 
         Args:
             hidden_or_tokens: token ids (T,) if this stage embeds, else hidden states (T, D).
@@ -51,12 +55,12 @@ class StageRunner:
         inputs = hidden_or_tokens.to(self._model.device)
         if self._embeds:
             tokens = hidden_or_tokens.to(torch.int32).numpy().tobytes()
-            self._followers.tell(RankStep.of(segments, tokens))
+            self._followers.tell(RankStep.of(segments, tokens, self._wanted))
             hidden_TD = self._model.embed(inputs)
         else:
-            self._followers.tell(RankStep.of(segments, b""))
+            self._followers.tell(RankStep.of(segments, b"", self._wanted))
             hidden_TD = self._model.ranks.share(inputs)
-        return forward(self._model, self._pool, hidden_TD, segments)
+        return forward(self._model, self._pool, hidden_TD, segments, self._wanted)
 
 
 class DecodeRunner:
@@ -100,8 +104,9 @@ class DecodeRunner:
             logits_BV = self._graphs.replay(tokens, segments)
             if logits_BV is not None:
                 return logits_BV if len(last) == len(segments) else logits_BV[last]
-        hidden_TD = forward(model, self._pool, model.embed(tokens.to(model.device)), segments)
-        return model.logits(hidden_TD[last]) if last else hidden_TD[:0]
+        embedded_TD = model.embed(tokens.to(model.device))
+        hidden_RD = forward(model, self._pool, embedded_TD, segments, last)
+        return model.logits(hidden_RD) if last else hidden_RD
 
 
 class FollowingRunner:
@@ -121,17 +126,33 @@ class FollowingRunner:
             hidden_TD = model.ranks.share(
                 torch.empty(shape, dtype=model.dtype, device=model.device)
             )
-        hidden_TD = forward(model, self._pool, hidden_TD, segments)
-        if step.logit_rows:
-            model.logits(hidden_TD[list(step.logit_rows)])
+        hidden_RD = forward(model, self._pool, hidden_TD, segments, step.wanted)
+        if step.wanted:
+            model.logits(hidden_RD)
 
 
 def forward(
-    model: Transformer, pool: PoolTensor, hidden_TD: torch.Tensor, segments: Sequence[Segment]
+    model: Transformer,
+    pool: PoolTensor,
+    hidden_TD: torch.Tensor,
+    segments: Sequence[Segment],
+    rows: Sequence[int] | None,
 ) -> torch.Tensor:
-    """Return the hidden states (T, D) behind the model's layers; KV goes into the pool."""
-    plan = model.attention.plan(segments, pool.layout.page_size, model.device)
-    return model.forward(hidden_TD, positions_of(segments, model.device), plan, pool.tensor)
+    """Return hidden states behind the model's layers, (R, D); KV of all rows goes into the pool.
+
+    Args:
+        model: its layers.
+        pool: where the pages of the segments are.
+        hidden_TD: in front of the layers.
+        segments: the batch.
+        rows: those whose hidden states are wanted, rising; None: all.
+    """
+    page_size, device = pool.layout.page_size, model.device
+    plan = model.attention.plan(segments, page_size, device)
+    wanted = None
+    if rows is not None and len(rows) < len(hidden_TD):
+        wanted = WantedRows.of(segments, rows, model.attention, page_size, device)
+    return model.forward(hidden_TD, positions_of(segments, device), plan, pool.tensor, wanted)
 
 
 def positions_of(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Decoder layers that the library computes in one call.
 
-Shape letters: T tokens of the batch, D hidden size, N query heads, K KV heads, H head dim.
+Shape letters: T tokens of the batch, R rows of it that are wanted, D hidden size, N query heads,
+K KV heads, H head dim.
 """
 
 from __future__ import annotations
 
+from ctypes import pointer
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from penstock_runtime.kernels.structures import (
     AttentionInputs,
     DecoderLayer,
     KvLayer,
+    LastRows,
     Matrix,
     Step,
 )
@@ -69,6 +72,16 @@ class LayersShape:
     """As for `Kernels.attention`."""
 
 
+@dataclass(frozen=True, slots=True)
+class LastLayer:
+    """The rows whose hidden states are wanted: of the last layer the others leave KV only."""
+
+    rows: torch.Tensor
+    """int64, rising."""
+    segments: Segments | None
+    """The same as segments of one token each; None if there is no row."""
+
+
 class NativeLayers:
     """Layers [a, b) of a model, and the pages that they were last run with."""
 
@@ -80,6 +93,8 @@ class NativeLayers:
         self._shape = shape
         self._layers = (DecoderLayer * len(layers))(*map(_layer, layers))
         self._hidden = layers[0].qkv.weight.inputs
+        self._divides = shape.heads * shape.head_dim % kernels.columns_together == 0
+        """Whether q can be computed apart from keys and values."""
         self._pool: tuple[object, ...] = ()
         self._pages: KvPages | None = None
 
@@ -91,15 +106,17 @@ class NativeLayers:
         slots: tuple[torch.Tensor, torch.Tensor],
         segments: Segments,
         kv_pool: torch.Tensor,
-    ) -> None:
-        """Add the layers' contributions to x, in place.
+        last: LastLayer | None = None,
+    ) -> torch.Tensor:
+        """Return the hidden states behind the layers, float32 (T, D), or those wanted, (R, D).
 
         Args:
-            x_TD: float32.
+            x_TD: float32, in front of them; changed.
             rotations: as for `Kernels.attention_inputs`.
             slots: as there.
             segments: as for `Kernels.attention`.
             kv_pool: (pages, layers, 2, K, S, H).
+            last: what is wanted; None: all rows.
         """
         shape, tokens = self._shape, len(x_TD)
         check(x_TD, "x", (tokens, self._hidden))
@@ -124,18 +141,38 @@ class NativeLayers:
                 shape.epsilon,
                 KvLayer(),
             ),
-            Attention(
-                None,
-                0,
-                None,
-                shape.heads,
-                *segments.addresses,
-                shape.head_dim**-0.5,
-                shape.round_inputs and pages.pairs,
-                KvLayer(),
-            ),
+            self._attention(segments, pages),
+        )
+        if last is None or not self._divides:
+            self._kernels.layers(self._layers, step)
+            return x_TD if last is None else x_TD[last.rows]
+        x_RD = torch.empty(len(last.rows), self._hidden)
+        turns = rotations[last.rows]
+        step.last = pointer(
+            LastRows(
+                x_RD.data_ptr(),
+                last.rows.data_ptr(),
+                len(x_RD),
+                turns.data_ptr(),
+                Attention() if last.segments is None else self._attention(last.segments, pages),
+            )
         )
         self._kernels.layers(self._layers, step)
+        return x_RD
+
+    def _attention(self, segments: Segments, pages: KvPages) -> Attention:
+        """Return what the library is told of a batch's attention in all layers."""
+        shape = self._shape
+        return Attention(
+            None,
+            0,
+            None,
+            shape.heads,
+            *segments.addresses,
+            shape.head_dim**-0.5,
+            shape.round_inputs and pages.pairs,
+            KvLayer(),
+        )
 
     def _lay_out(self, kv_pool: torch.Tensor) -> KvPages:
         """Tell the layers where their pages are, unless they know, and return those of the last."""

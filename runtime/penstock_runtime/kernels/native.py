@@ -24,6 +24,7 @@ from penstock_runtime.kernels.structures import (
     AttentionInputs,
     DecoderLayer,
     KvLayer,
+    LastRows,
     Linear,
     Matrix,
     Step,
@@ -144,6 +145,10 @@ class Kernels:
         self._silu_multiply = self._library.penstock_silu_multiply
         self._silu_multiply.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
         self._silu_multiply.restype = None
+        together = self._library.penstock_columns_together
+        together.restype = c_int64
+        self.columns_together = int(together())
+        """See kernels.h: a weight may be divided at multiples of it."""
         self._packed_elements = self._library.penstock_packed_elements
         self._packed_elements.argtypes = [c_int64, c_int64]
         self._packed_elements.restype = c_int64
@@ -152,7 +157,10 @@ class Kernels:
         """Return the bytes that the library takes each structure to have."""
         size_of = self._library.penstock_structure_bytes
         size_of.argtypes, size_of.restype = [c_int64], c_int64
-        structures = (Linear, KvLayer, AttentionInputs, Attention, Matrix, DecoderLayer, Step)
+        structures = (
+            *(Linear, KvLayer, AttentionInputs, Attention),
+            *(Matrix, DecoderLayer, LastRows, Step),
+        )
         return {structure: size_of(index) for index, structure in enumerate(structures)}
 
     def pack(self, weight_NK: torch.Tensor, *, round_inputs: bool = False) -> Weight:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -107,6 +107,18 @@ class DecoderLayer(Structure):
     ]
 
 
+class LastRows(Structure):
+    """The rows whose hidden states are wanted behind the last layer."""
+
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
+        ("x", c_void_p),
+        ("rows", c_void_p),
+        ("count", c_int64),
+        ("rotations", c_void_p),
+        ("attention", Attention),
+    ]
+
+
 class Step(Structure):
     """What a forward pass tells all layers."""
 
@@ -118,4 +130,5 @@ class Step(Structure):
         ("epsilon", c_float),
         ("inputs", AttentionInputs),
         ("attention", Attention),
+        ("last", POINTER(LastRows)),
     ]

@@ -41,6 +41,10 @@ class Collective(Protocol):
         """Return on rank 0 the ranks' columns side by side, (R, sum of widths); elsewhere x."""
         ...
 
+    def meet(self) -> None:
+        """Return when every rank has come here; on a GPU, what is launched next waits for that."""
+        ...
+
 
 class Alone:
     """One rank."""
@@ -60,6 +64,9 @@ class Alone:
         """Return x."""
         assert widths == [x_RV.shape[1]]
         return x_RV
+
+    def meet(self) -> None:
+        """There is nobody to wait for."""
 
 
 class Ranks:
@@ -104,7 +111,7 @@ class Ranks:
         store.set_timeout(self._timeout)
         self._group = self._make(store, self.rank, self.size, self._address, self._timeout)
         # The file may be removed when this returns, so nobody may still be reading it.
-        self.sum(torch.zeros(1, device=self._device))
+        self.meet()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of every rank's x, in place."""
@@ -133,6 +140,10 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in widths]
         self._group.gather([parts], [padded], options).wait()
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
+
+    def meet(self) -> None:
+        """Wait for every rank: a sum needs something from each."""
+        self.sum(torch.zeros(1, device=self._device))
 
 
 # torch.distributed's own entry point keeps one world for the whole process. A group made directly

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from penstock_runtime.attention.base import ProjectedAttention
+from penstock_runtime.attention.base import ProjectedAttention, single_rows
 from penstock_runtime.model.rope import interleave_rows, rotate_
 
 if TYPE_CHECKING:
-    from penstock_runtime.attention.base import AttentionBackend
+    from collections.abc import Sequence
+
+    from penstock_runtime.attention.base import AttentionBackend, Segment
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.fused import FusedKernels
@@ -39,6 +41,36 @@ class AttentionStep:
     """See `rope.rotations`; complex64 (T, 1, H/2)."""
     fused: Fused | None = None
     """Kernels of the device for what lies before attention; None: torch's own operations."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedRows:
+    """Rows of a batch, R of them in rising order, whose hidden states are wanted in the end.
+
+    Of the last layer nothing else is computed but keys and values.
+    """
+
+    rows: torch.Tensor
+    """int64, on the model's device."""
+    plan: Any
+    """The attention's, by `plan_rows`; None if R is 0."""
+
+    @classmethod
+    def of(
+        cls,
+        segments: Sequence[Segment],
+        rows: Sequence[int],
+        attention: AttentionBackend[Any],
+        page_size: int,
+        device: torch.device,
+    ) -> WantedRows:
+        """Return rows of a batch, after its own plan was made."""
+        singles = single_rows(segments, rows)
+        plan = attention.plan_rows(singles, page_size, device) if singles else None
+        return cls(torch.tensor(rows, dtype=torch.int64, device=device), plan)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,27 +127,55 @@ class Attention:
             )
 
     def __call__(
-        self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        step: AttentionStep,
+        kv_layer: torch.Tensor,
+        wanted: WantedRows | None = None,
     ) -> torch.Tensor:
-        """Write the keys and values of x into the layer's pages; return what `output` takes."""
-        qkv_TW = self.qkv(x_TD)
-        if not isinstance(step.backend, ProjectedAttention):
-            return self._attend(qkv_TW, step, kv_layer)
+        """Write the keys and values of x into the layer's pages; return what `output` takes.
+
+        That of all rows, or of those that are `wanted`, of which there is at least one.
+        """
+        backend, scale = step.backend, self._head_dim**-0.5
+        plan = step.plan if wanted is None else wanted.plan
+        if isinstance(backend, ProjectedAttention):
+            q_TW = self._write_projected(backend, x_TD, step, kv_layer)
+            q_RW = q_TW if wanted is None else q_TW[wanted.rows]
+            return backend.attend_projected(plan, q_RW, self._heads, kv_layer, scale)
+        q_TNH = self._write(x_TD, step, kv_layer)
+        q_RNH = q_TNH if wanted is None else q_TNH[wanted.rows]
+        return backend.attend(plan, q_RNH, kv_layer, scale).reshape(len(q_RNH), -1)
+
+    def write(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
+        """Write the keys and values of x into the layer's pages, and nothing else."""
+        if isinstance(step.backend, ProjectedAttention):
+            self._write_projected(step.backend, x_TD, step, kv_layer)
+        else:
+            self._write(x_TD, step, kv_layer)
+
+    def _write_projected(
+        self,
+        backend: ProjectedAttention[Any],
+        x_TD: torch.Tensor,
+        step: AttentionStep,
+        kv_layer: torch.Tensor,
+    ) -> torch.Tensor:
         norm = None if self.norm is None else (self.norm.weight_NH, self.norm.eps)
-        scale = self._head_dim**-0.5
-        return step.backend.run_projected(
-            step.plan, qkv_TW, self._heads, norm, step.rotations, kv_layer, scale
+        return backend.write_projected(
+            step.plan, self.qkv(x_TD), self._heads, norm, step.rotations, kv_layer
         )
 
-    def _attend(
-        self, qkv_TW: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor
+    def _write(
+        self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor
     ) -> torch.Tensor:
-        qkv = qkv_TW.view(len(qkv_TW), -1, self._head_dim)
+        """Return q, (T, N, H)."""
+        qkv = self.qkv(x_TD).view(len(x_TD), -1, self._head_dim)
         turned = self._heads + self._kv_heads
         qk, v_TKH = qkv[:, :turned], qkv[:, turned:]
         q_TNH, k_TKH = self._turn(qk, step) if step.fused is None else self._fused(qk, step.fused)
-        out_TNH = step.backend.run(step.plan, q_TNH, k_TKH, v_TKH, kv_layer, self._head_dim**-0.5)
-        return out_TNH.reshape(len(qkv), -1)
+        step.backend.write(step.plan, k_TKH, v_TKH, kv_layer)
+        return q_TNH
 
     def _turn(self, qk_TNH: torch.Tensor, step: AttentionStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q and k with norm and rotation, in float32 on the way."""
@@ -172,7 +232,22 @@ class DecoderLayer:
 
     def __call__(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
         """Add the layer's contribution to x, in place."""
-        attended = self.attention(self.attention_norm(x_TD), step, kv_layer)
+        self._contribute(x_TD, self.attention(self.attention_norm(x_TD), step, kv_layer))
+
+    def last(
+        self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor, wanted: WantedRows
+    ) -> torch.Tensor:
+        """Write all keys and values; return the hidden states of the wanted rows, (R, D)."""
+        x_RD, normed_TD = x_TD[wanted.rows], self.attention_norm(x_TD)
+        if len(wanted):
+            self._contribute(x_RD, self.attention(normed_TD, step, kv_layer, wanted))
+        else:
+            self.attention.write(normed_TD, step, kv_layer)
+            # With no sum behind it, rank 0 would take others' pages for written that are not yet.
+            self._ranks.meet()
+        return x_RD
+
+    def _contribute(self, x_TD: torch.Tensor, attended: torch.Tensor) -> None:
         self._add(x_TD, self.attention.output, attended)
         self._add(x_TD, self.mlp.down, self.mlp(self.mlp_norm(x_TD)))
 

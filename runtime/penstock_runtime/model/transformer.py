@@ -12,6 +12,7 @@ import torch
 from penstock_runtime.attention.base import AttentionShape
 from penstock_runtime.attention.paged_native import PagedNativeAttention
 from penstock_runtime.attention.registry import create_attention
+from penstock_runtime.kernels.layers import LastLayer
 from penstock_runtime.kernels.selection import select_kernels
 from penstock_runtime.model.collective import Alone
 from penstock_runtime.model.fused import fused_kernels
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.fused import FusedKernels
-    from penstock_runtime.model.layers import DecoderLayer, Embedding, Head
+    from penstock_runtime.model.layers import DecoderLayer, Embedding, Head, WantedRows
     from penstock_runtime.model.weights import Progress
 
 
@@ -171,32 +172,38 @@ class Transformer:
         positions_T: torch.Tensor,
         plan: Any,
         kv_pool: torch.Tensor,
+        wanted: WantedRows | None = None,
     ) -> torch.Tensor:
-        """Run the layers [a, b) and return the hidden states (T, D).
+        """Run the layers [a, b) and return the hidden states (T, D), or those wanted, (R, D).
 
         Args:
             hidden_TD: of the layer before, `dtype`; not changed.
             positions_T: of the batch's tokens, in batch order.
             plan: `self.attention.plan` of the same batch.
             kv_pool: (pages, b - a, 2, K, S, H); keys and values of the batch are written.
+            wanted: the rows whose hidden states are wanted; None: all.
         """
         turns = rotations(positions_T, self._frequencies, self.config.rope.attention_factor)
         x_TD = hidden_TD.to(self.compute_dtype, copy=True)
         if self._native_layers is not None:
-            self._native_layers.run(
+            x_TD = self._native_layers.run(
                 x_TD,
                 rotations=turns,
                 slots=(plan.slots.pages, plan.slots.offsets),
                 segments=plan.segments,
                 kv_pool=kv_pool,
+                last=None if wanted is None else _last_layer(wanted),
             )
             return x_TD.to(self.dtype)
         fused = None if self.kernels is None else Fused(self.kernels, RopeTable.of(turns))
         step = AttentionStep(self.attention, plan, turns, fused)
-        for index, layer in enumerate(self._layers):
+        whole = self._layers if wanted is None else self._layers[:-1]
+        for index, layer in enumerate(whole):
             layer(x_TD, step, kv_pool[:, index])
             if self.dtype != self.compute_dtype:
                 x_TD.copy_(x_TD.to(self.dtype))
+        if wanted is not None:
+            x_TD = self._layers[-1].last(x_TD, step, kv_pool[:, -1], wanted)
         return x_TD.to(self.dtype)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
@@ -218,6 +225,10 @@ def attention_shape(
         head_dim=config.head_dim,
         dtype=compute_dtype(dtype, device),
     )
+
+
+def _last_layer(wanted: WantedRows) -> LastLayer:
+    return LastLayer(wanted.rows, None if wanted.plan is None else wanted.plan.segments)
 
 
 def _silent(_done: int, _total: int) -> None:

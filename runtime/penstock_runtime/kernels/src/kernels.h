@@ -10,8 +10,8 @@ extern "C" {
 // What the library was compiled from: library.py compares it with the sources beside it.
 const char* penstock_source_digest();
 
-// Bytes of the structures Linear, KvLayer, AttentionInputs, Attention, Matrix, DecoderLayer and Step, in
-// this order: a test holds them against the mirrors in Python.
+// Bytes of the structures Linear, KvLayer, AttentionInputs, Attention, Matrix, DecoderLayer, LastRows and
+// Step, in this order: a test holds them against the mirrors in Python.
 int64_t penstock_structure_bytes(int64_t index);
 
 // 1 if the processor's own instruction multiplies pairs of bfloat16, 0 if it is emulated.
@@ -118,6 +118,16 @@ struct DecoderLayer {
   KvLayer kv;
 };
 
+// The rows of a batch whose hidden states are wanted in the end. Of the last layer the others leave their
+// keys and values only.
+struct LastRows {
+  float* x;             // (rows, hidden), contiguous: takes the hidden states
+  const int64_t* rows;  // (count,): which of the step's
+  int64_t count;
+  const float* rotations;  // of these rows, as in AttentionInputs
+  Attention attention;     // segments of one token each; without q, q_stride, out and kv
+};
+
 // What one forward pass tells all layers.
 struct Step {
   float* x;  // (rows, hidden), contiguous; changed
@@ -126,9 +136,16 @@ struct Step {
   float epsilon;    // of the norms over hidden
   AttentionInputs inputs;  // without qkv, norm and kv
   Attention attention;     // without q, q_stride, out and kv
+  const LastRows* last;    // null: all rows. Wants heads · key_dim to be a multiple of
+                           // penstock_columns_together
 };
 
-// Adds the layers' contributions to x, one after the other. Returns 0, or 1 if there was no memory.
+// The columns of a packed weight that lie together: a part of them that begins at a multiple of it is a
+// packed weight too.
+int64_t penstock_columns_together();
+
+// Adds the layers' contributions to x, one after the other; of the last layer to `last->x` if there is
+// one, and not to x. Returns 0, or 1 if there was no memory.
 int penstock_layers(const DecoderLayer* layers, int64_t count, const Step* step);
 
 // --- limits.cpp: what the machine can do ------------------------------------------------------

@@ -1,6 +1,11 @@
 // Whole decoder layers in one call: what every kernel does for itself, in the order of the model.
 //
 // For a few rows the way from Python into the library and back costs more than some kernels do.
+//
+// Of the last layer only keys and values are wanted of most rows: of a prompt the last one chooses the
+// next token, and behind a pipeline's last stage no row is wanted at all.
+#include <algorithm>
+
 #include "kernels.h"
 #include "linear.h"
 #include "scratch.h"
@@ -16,58 +21,97 @@ struct Between {
   float* gate_up;
 };
 
+// Rows that go through the layers, or through the last one.
+struct Rows {
+  float* x;  // (count, hidden)
+  int64_t count;
+};
+
 class Forward {
  public:
   Forward(const Step& step, const Between& between) : step_(step), between_(between) {}
 
   int run(const DecoderLayer& layer) const {
-    if (multiply(layer.qkv, normed(layer.attention_norm), between_.qkv, false)) return 1;
-    if (attend(layer)) return 1;
-    const int64_t width = layer.output.inputs;
-    if (multiply(layer.output, {between_.attended, width, Made::as_is, nullptr, 0}, step_.x, true)) {
-      return 1;
-    }
-    if (multiply(layer.gate_up, normed(layer.mlp_norm), between_.gate_up, false)) return 1;
-    const Source gated{between_.gate_up, layer.gate_up.outputs, Made::gated, nullptr, 0};
-    if (multiply(layer.down, gated, step_.x, true)) return 1;
-    round(step_.x);
-    return 0;
-  }
-
- private:
-  Source normed(const float* weight) const {
-    return {step_.x, step_.hidden, Made::normed, weight, step_.epsilon};
-  }
-
-  int multiply(const Matrix& by, const Source& source, float* y, bool accumulate) const {
-    return linear({nullptr, 0, by.weight, by.kind, by.bias, y, step_.rows, by.outputs, by.inputs,
-                   accumulate},
-                  source);
-  }
-
-  int attend(const DecoderLayer& layer) const {
+    const Rows all{step_.x, step_.rows};
+    if (multiply(layer.qkv, normed(all, layer.attention_norm), all, between_.qkv, false)) return 1;
     AttentionInputs inputs = step_.inputs;
     inputs.qkv = between_.qkv;
     inputs.norm = layer.head_norm;
     inputs.kv = layer.kv;
     penstock_attention_inputs(&inputs);
-    Attention attention = step_.attention;
-    attention.q = between_.qkv;
-    attention.q_stride = layer.qkv.outputs;
-    attention.out = between_.attended;
-    attention.kv = layer.kv;
-    return penstock_attention(&attention);
+    if (attend(layer, step_.attention, layer.qkv.outputs)) return 1;
+    return contribute(layer, all);
+  }
+
+  // Keys and values of all rows, everything else of those that are wanted.
+  int run_last(const DecoderLayer& layer, const LastRows& last) const {
+    const Rows all{step_.x, step_.rows}, wanted{last.x, last.count};
+    const long heads = step_.attention.heads, width = heads * layer.kv.key_dim;
+    const Matrix keys_values = columns(layer.qkv, width, layer.qkv.outputs - width);
+    if (multiply(keys_values, normed(all, layer.attention_norm), all, between_.qkv, false)) return 1;
+    AttentionInputs inputs = step_.inputs;
+    inputs.qkv = between_.qkv;
+    inputs.heads = 0;
+    inputs.norm = layer.head_norm == nullptr ? nullptr : layer.head_norm + width;
+    inputs.kv = layer.kv;
+    penstock_attention_inputs(&inputs);
+    if (wanted.count == 0) return 0;
+
+    for (long r = 0; r < wanted.count; r++) {
+      std::copy_n(all.x + last.rows[r] * step_.hidden, step_.hidden, wanted.x + r * step_.hidden);
+    }
+    const Matrix queries = columns(layer.qkv, 0, width);
+    if (multiply(queries, normed(wanted, layer.attention_norm), wanted, between_.qkv, false)) return 1;
+    inputs.rows = wanted.count;
+    inputs.heads = heads;
+    inputs.norm = layer.head_norm;
+    inputs.rotations = last.rotations;
+    inputs.kv.kv_heads = 0;  // theirs are written
+    penstock_attention_inputs(&inputs);
+    if (attend(layer, last.attention, width)) return 1;
+    return contribute(layer, wanted);
+  }
+
+ private:
+  Source normed(const Rows& rows, const float* weight) const {
+    return {rows.x, step_.hidden, Made::normed, weight, step_.epsilon};
+  }
+
+  int multiply(const Matrix& by, const Source& source, const Rows& rows, float* y,
+               bool accumulate) const {
+    return linear({nullptr, 0, by.weight, by.kind, by.bias, y, rows.count, by.outputs, by.inputs,
+                   accumulate},
+                  source);
+  }
+
+  // Queries lie in rows of `width`.
+  int attend(const DecoderLayer& layer, Attention call, long width) const {
+    call.q = between_.qkv;
+    call.q_stride = width;
+    call.out = between_.attended;
+    call.kv = layer.kv;
+    return penstock_attention(&call);
+  }
+
+  // Adds what follows attention to x.
+  int contribute(const DecoderLayer& layer, const Rows& rows) const {
+    const Source attended{between_.attended, layer.output.inputs, Made::as_is, nullptr, 0};
+    if (multiply(layer.output, attended, rows, rows.x, true)) return 1;
+    if (multiply(layer.gate_up, normed(rows, layer.mlp_norm), rows, between_.gate_up, false)) return 1;
+    const Source gated{between_.gate_up, layer.gate_up.outputs, Made::gated, nullptr, 0};
+    if (multiply(layer.down, gated, rows, rows.x, true)) return 1;
+    round(rows);
+    return 0;
   }
 
   // Activations between layers have the model's precision, so that stages may be cut anywhere.
-  void round(float* x) const {
-    if (step_.element == 1) round_to<bf16>(x);
-    if (step_.element == 2) round_to<f16>(x);
+  void round(const Rows& rows) const {
+    if (step_.element == 1) round_to<bf16>(rows.x, rows.count * step_.hidden);
+    if (step_.element == 2) round_to<f16>(rows.x, rows.count * step_.hidden);
   }
 
   template <class T>
-  void round_to(float* x) const {
-    const long count = step_.rows * step_.hidden;
+  void round_to(float* x, long count) const {
 #pragma omp parallel for schedule(static) if (count > (1 << 14))
     for (long i = 0; i < count; i++) {
       T narrowed;
@@ -94,8 +138,9 @@ int penstock_layers(const DecoderLayer* layers, int64_t count, const Step* step)
                         gate_up.take<float>(rows * layers->gate_up.outputs)};
   if (!between.qkv || !between.attended || !between.gate_up) return 1;
   const Forward forward(*step, between);
-  for (int64_t i = 0; i < count; i++) {
+  const int64_t whole = step->last == nullptr ? count : count - 1;
+  for (int64_t i = 0; i < whole; i++) {
     if (forward.run(layers[i])) return 1;
   }
-  return 0;
+  return step->last == nullptr ? 0 : forward.run_last(layers[whole], *step->last);
 }

@@ -10,7 +10,8 @@ const char* penstock_source_digest() { return PENSTOCK_SOURCE_DIGEST; }
 
 int64_t penstock_structure_bytes(int64_t index) {
   const size_t bytes[] = {sizeof(Linear), sizeof(KvLayer), sizeof(AttentionInputs),
-                          sizeof(Attention), sizeof(Matrix), sizeof(DecoderLayer), sizeof(Step)};
+                          sizeof(Attention), sizeof(Matrix), sizeof(DecoderLayer), sizeof(LastRows),
+                          sizeof(Step)};
   return static_cast<int64_t>(bytes[index]);
 }
 

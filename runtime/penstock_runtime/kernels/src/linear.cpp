@@ -305,6 +305,12 @@ int linear_of_pairs(const Linear& call, const Source& source) {
 
 }  // namespace
 
+Matrix columns(const Matrix& of, long first, long count) {
+  const long element = of.kind == kFloat32 ? sizeof(float) : sizeof(bf16);
+  const auto* weight = static_cast<const char*>(of.weight) + first * of.inputs * element;
+  return {weight, of.kind, of.bias == nullptr ? nullptr : of.bias + first, count, of.inputs};
+}
+
 int linear(Linear call, const Source& source) {
   if (call.rows == 0) return 0;
   if (call.kind == kBfloat16Pairs) return linear_of_pairs(call, source);
@@ -346,6 +352,8 @@ void penstock_pack_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs,
     to[1] = output < outputs ? from[1] : 0;
   });
 }
+
+int64_t penstock_columns_together() { return kPackedColumns; }
 
 int penstock_linear(const Linear* call) {
   return linear(*call, {call->x, call->x_stride, Made::as_is, nullptr, 0.0f});

@@ -15,6 +15,9 @@ struct Source {
   float epsilon;
 };
 
+// The columns [first, first + count) of a matrix; `first` is a multiple of penstock_columns_together.
+Matrix columns(const Matrix& of, long first, long count);
+
 // As penstock_linear, of what is made of the source's rows; the call's own x is not looked at.
 int linear(Linear call, const Source& source);
 

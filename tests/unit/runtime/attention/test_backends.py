@@ -68,13 +68,20 @@ def queries(spans, heads, kv_heads, head_dim, dtype=torch.float32):
     return torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
 
 
+def write_and_attend(backend, plan, qkv, kv_layer, scale):
+    """Return the output of a batch whose q, k and v are given."""
+    q, k, v = qkv
+    backend.write(plan, k, v, kv_layer)
+    return backend.attend(plan, q, kv_layer, scale)
+
+
 def run(backend, spans, *, heads, kv_heads, head_dim, page_size, layer=1, scale=0.3, **dtypes):
     """Return a backend's output and the pool after it, for the same inputs every time."""
     segments, pages = make_segments(spans, page_size)
     pool = make_pool(pages, kv_heads, page_size, head_dim, dtypes.get("kv", torch.float32))
-    q, k, v = queries(spans, heads, kv_heads, head_dim, dtypes.get("q", torch.float32))
+    qkv = queries(spans, heads, kv_heads, head_dim, dtypes.get("q", torch.float32))
     plan = backend.plan(segments, page_size, CPU)
-    return backend.run(plan, q, k, v, pool.layer(layer), scale), pool.tensor
+    return write_and_attend(backend, plan, qkv, pool.layer(layer), scale), pool.tensor
 
 
 span = st.one_of(
@@ -118,7 +125,7 @@ def test_the_definition_itself():
     v = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
     backend = ReferenceAttention()
     plan = backend.plan([Segment(start=0, length=2, pages=[0])], 4, CPU)
-    out = backend.run(plan, q, k, v, pool.layer(0), 1.0)
+    out = write_and_attend(backend, plan, (q, k, v), pool.layer(0), 1.0)
     first = torch.tensor(2.0).exp() / (torch.tensor(2.0).exp() + torch.tensor(1.0).exp())
     assert torch.equal(out[0, 0], torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(out[1, 0], torch.stack([first, 1 - first]))
@@ -154,7 +161,8 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch(spans, page_size, alone):
     def attend(chosen, rows):
         pool = make_pool(pages, 2, page_size, 16)
         plan = backend.plan(chosen, page_size, CPU)
-        return backend.run(plan, q[rows], k[rows], v[rows], pool.layer(0), 0.25)
+        qkv = q[rows], k[rows], v[rows]
+        return write_and_attend(backend, plan, qkv, pool.layer(0), 0.25)
 
     together = attend(segments, slice(None))[rows]
     assert torch.equal(attend([segments[alone]], rows), together)
@@ -163,14 +171,16 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch(spans, page_size, alone):
 def test_a_plan_serves_every_layer():
     spans = [(7, 1), (3, 6)]
     segments, pages = make_segments(spans, 4)
-    q, k, v = queries(spans, 4, 2, 8)
+    qkv = queries(spans, 4, 2, 8)
     outputs = []
     backends: tuple[AttentionBackend[Any], ...] = (ReferenceAttention(), PagedCpuAttention())
     for backend in backends:
         pool = make_pool(pages, 2, 4, 8)
         plan = backend.plan(segments, 4, CPU)
         outputs.append(
-            torch.stack([backend.run(plan, q, k, v, pool.layer(i), 0.5) for i in range(LAYERS)])
+            torch.stack(
+                [write_and_attend(backend, plan, qkv, pool.layer(i), 0.5) for i in range(LAYERS)]
+            )
         )
     assert not torch.equal(outputs[0][0], outputs[0][1])
     torch.testing.assert_close(outputs[1], outputs[0], atol=2e-5, rtol=1e-4)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock_runtime.attention.base import AttentionShape, Segment
+from penstock_runtime.attention.base import AttentionShape, Segment, single_rows
 from penstock_runtime.attention.flashinfer import FlashInferAttention, check_supported
 from penstock_runtime.attention.page_table import PageTable, leading_decodes, token_places
 from penstock_runtime.attention.reference import ReferenceAttention
@@ -21,6 +21,7 @@ from tests.unit.runtime.attention.test_backends import (
     make_segments,
     queries,
     span,
+    write_and_attend,
 )
 
 
@@ -49,12 +50,12 @@ def test_equals_the_definition(spans, decodes_first, kv_heads, group, head_dim, 
         spans = sorted(spans, key=lambda one: one[1] != 1)
     heads = kv_heads * group
     segments, pages = make_segments(spans, page_size)
-    q, k, v = queries(spans, heads, kv_heads, head_dim)
+    qkv = queries(spans, heads, kv_heads, head_dim)
     outputs, pools = [], []
     for backend in (ReferenceAttention(), make_backend(heads, kv_heads, head_dim)):
         pool = make_pool(pages, kv_heads, page_size, head_dim)
         plan = backend.plan(segments, page_size, CPU)
-        outputs.append(backend.run(plan, q, k, v, pool.layer(layer), head_dim**-0.5))
+        outputs.append(write_and_attend(backend, plan, qkv, pool.layer(layer), head_dim**-0.5))
         pools.append(pool.tensor)
     torch.testing.assert_close(outputs[1], outputs[0], atol=2e-5, rtol=1e-4)
     assert torch.equal(pools[1], pools[0])
@@ -63,17 +64,35 @@ def test_equals_the_definition(spans, decodes_first, kv_heads, group, head_dim, 
 def test_a_plan_serves_every_layer():
     spans = [(7, 1), (3, 6)]
     segments, pages = make_segments(spans, 4)
-    q, k, v = queries(spans, 4, 2, 8)
+    qkv = queries(spans, 4, 2, 8)
     backend, pool = make_backend(), make_pool(pages, 2, 4, 8)
     plan = backend.plan(segments, 4, CPU)
     for index in range(LAYERS):
         expected_pool = make_pool(pages, 2, 4, 8)
         reference = ReferenceAttention()
-        expected = reference.run(
-            reference.plan(segments, 4, CPU), q, k, v, expected_pool.layer(index), 8**-0.5
+        expected = write_and_attend(
+            reference,
+            reference.plan(segments, 4, CPU),
+            qkv,
+            expected_pool.layer(index),
+            8**-0.5,
         )
-        actual = backend.run(plan, q, k, v, pool.layer(index), 8**-0.5)
+        actual = write_and_attend(backend, plan, qkv, pool.layer(index), 8**-0.5)
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_wanted_rows_are_planned_beside_their_batch():
+    """Planning them leaves the batch's plan as it was; both are used in turn, layer after layer."""
+    spans, rows = [(7, 1), (12, 1), (3, 6), (0, 20)], [1, 7, 27]
+    segments, pages = make_segments(spans, 4)
+    q, k, v = queries(spans, 4, 2, 8)
+    backend, pool = make_backend(), make_pool(pages, 2, 4, 8)
+    plan = backend.plan(segments, 4, CPU)
+    wanted = backend.plan_rows(single_rows(segments, rows), 4, CPU)
+    for index in range(LAYERS):
+        whole = write_and_attend(backend, plan, (q, k, v), pool.layer(index), 8**-0.5)
+        some = backend.attend(wanted, q[rows], pool.layer(index), 8**-0.5)
+        torch.testing.assert_close(some, whole[rows], atol=2e-5, rtol=1e-4)
 
 
 def test_another_scale_is_refused():
@@ -82,7 +101,7 @@ def test_another_scale_is_refused():
     backend = make_backend()
     plan = backend.plan(segments, 4, CPU)
     with pytest.raises(ValueError, match="planned for a scale"):
-        backend.run(plan, *queries(spans, 4, 2, 8), make_pool(pages, 2, 4, 8).layer(0), 0.3)
+        backend.attend(plan, queries(spans, 4, 2, 8)[0], make_pool(pages, 2, 4, 8).layer(0), 0.3)
 
 
 @given(
@@ -100,13 +119,17 @@ def test_fixed_plans_follow_their_batches_and_keep_their_memory(batches, page_si
         fixed.set(segments, page_size)
         assert [tensor.data_ptr() for tensor in tables(fixed.plan)] == addresses
         assert fixed.positions.tolist() == starts
-        q, k, v = queries(spans, 4, 2, 8)
+        qkv = queries(spans, 4, 2, 8)
         pool, expected_pool = (make_pool(pages, 2, page_size, 8) for _ in range(2))
         reference = ReferenceAttention()
-        expected = reference.run(
-            reference.plan(segments, page_size, CPU), q, k, v, expected_pool.layer(1), 8**-0.5
+        expected = write_and_attend(
+            reference,
+            reference.plan(segments, page_size, CPU),
+            qkv,
+            expected_pool.layer(1),
+            8**-0.5,
         )
-        actual = backend.run(fixed.plan, q, k, v, pool.layer(1), 8**-0.5)
+        actual = write_and_attend(backend, fixed.plan, qkv, pool.layer(1), 8**-0.5)
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
         assert torch.equal(pool.tensor, expected_pool.tensor)
 

@@ -73,9 +73,12 @@ steps = st.lists(
     page_size=st.sampled_from([1, 2, 8, 32, 128]),
     threads=st.integers(1, 3),
     steps=steps,
+    data=st.data(),
 )
 @settings(max_examples=40, deadline=None)
-def test_bits_of_logits(references, whole, name, dtype, pairs, cuts, page_size, threads, steps):
+def test_bits_of_logits(
+    references, whole, name, dtype, pairs, cuts, page_size, threads, steps, data
+):
     expected = whole(name, dtype, pairs)
     known = references(name)
     sequences = Sequences(load(known.path, cuts, dtype, pairs), page_size, count=PROMPTS)
@@ -89,7 +92,11 @@ def test_bits_of_logits(references, whole, name, dtype, pairs, cuts, page_size, 
                     parts.append((index, known.tokens[index, window]))
                     rows.append(expected[index, window])
             if parts:
-                assert torch.equal(sequences.step(parts), torch.cat(rows))
+                logits = torch.cat(rows)
+                few = st.sets(st.integers(0, len(logits) - 1), max_size=5).map(sorted)
+                wanted = data.draw(st.one_of(st.none(), few))
+                expected_logits = logits if wanted is None else logits[wanted]
+                assert torch.equal(sequences.step(parts, wanted), expected_logits)
     finally:
         torch.set_num_threads(1)
 
@@ -106,8 +113,19 @@ def test_layers_in_one_call_give_the_bits_of_their_parts(
     monkeypatch.setattr(transformer, "native_layers", lambda *_: None)
     models.append(load(known.path, [1], dtype, pairs))
     in_one, in_parts = (Sequences(each, page_size=8, count=2) for each in models)
-    for batch in ([(0, known.tokens[0, :40])], [(0, known.tokens[0, 40:41]), (1, known.tokens[1])]):
-        assert torch.equal(in_one.step(batch), in_parts.step(batch))
+    steps = [
+        ([(0, known.tokens[0, :40])], [39]),
+        ([(0, known.tokens[0, 40:41]), (1, known.tokens[1, :30])], [0]),
+        ([(1, known.tokens[1, 30:50])], []),
+        ([(0, known.tokens[0, 41:42]), (1, known.tokens[1, 50:])], None),
+    ]
+    pools = list(zip(in_one.pools, in_parts.pools, strict=True))
+    for one, parts in pools:
+        parts.copy_(one)
+    for batch, rows in steps:
+        assert torch.equal(in_one.step(batch, rows), in_parts.step(batch, rows))
+    for one, parts in pools:
+        assert torch.equal(one, parts)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

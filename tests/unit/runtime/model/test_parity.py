@@ -12,15 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock_runtime.attention.base import Segment
+from penstock_runtime.attention.base import Segment, single_rows
 from penstock_runtime.attention.dense import DenseAttention
 from penstock_runtime.attention.paged_cpu import PagedCpuAttention
+from penstock_runtime.attention.reference import ReferenceAttention
 from penstock_runtime.kernels import selection
 from penstock_runtime.kernels.native import Kernels
 from penstock_runtime.kvcache.base import pages_for
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model import linear
 from penstock_runtime.model.config import ModelConfig
+from penstock_runtime.model.layers import WantedRows
 from penstock_runtime.model.transformer import Transformer
 from tests.unit.runtime.kernels.built import built_kernels
 
@@ -91,8 +93,13 @@ class Sequences:
         for pool in self.pools:
             pool.normal_(0, 50)  # what other requests left behind
 
-    def step(self, parts: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """Compute the next tokens of some sequences together; return all their logits."""
+    def step(
+        self, parts: list[tuple[int, torch.Tensor]], rows: list[int] | None = None
+    ) -> torch.Tensor:
+        """Compute the next tokens of some sequences together; return their logits.
+
+        All of them, or those of some rows of the batch.
+        """
         segments, positions = [], []
         for index, tokens in parts:
             start, length = self.done[index], len(tokens)
@@ -104,8 +111,11 @@ class Sequences:
         with torch.inference_mode():
             hidden = self.models[0].embed(torch.cat([tokens for _, tokens in parts]))
             for model, pool in zip(self.models, self.pools, strict=True):
-                plan = model.attention.plan(segments, self.page_size, CPU)
-                hidden = model.forward(hidden, position, plan, pool)
+                attention, wanted = model.attention, None
+                plan = attention.plan(segments, self.page_size, CPU)
+                if rows is not None and model is self.models[-1]:
+                    wanted = WantedRows.of(segments, rows, attention, self.page_size, CPU)
+                hidden = model.forward(hidden, position, plan, pool, wanted)
             return self.models[-1].logits(hidden)
 
 
@@ -195,6 +205,60 @@ def test_sequences_of_a_batch_do_not_touch_each_other(
                 expected.append(known.logits[index, window])
         if parts:
             assert_equal(sequences.step(parts), torch.cat(expected))
+
+
+@given(
+    name=st.sampled_from(["llama", "qwen2", "qwen3-yarn"]),
+    page_size=st.sampled_from([2, 8, 32]),
+    steps=batches,
+    cuts=st.sampled_from([[], [2]]),
+    attention=st.one_of(
+        st.none(),
+        st.builds(PagedCpuAttention, st.sampled_from([1, 64, 4096])),
+        st.builds(DenseAttention),
+        st.builds(ReferenceAttention),
+    ),
+    kernels=st.sampled_from(KERNELS),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None)
+def test_of_the_last_layer_only_what_is_wanted_is_computed(
+    references, name, page_size, steps, cuts, attention, kernels, data
+):
+    """The logits that are wanted, and all keys and values: the steps that follow see those."""
+    known: Reference = references(name)
+    models = stages(known.path, cuts, attention=attention, kernels=kernels)
+    sequences = Sequences(models, page_size, count=PROMPTS)
+    for step in steps:
+        parts, expected = [], []
+        for index, length in step.items():
+            window = slice(sequences.done[index], sequences.done[index] + length)
+            if len(known.tokens[index, window]):
+                parts.append((index, known.tokens[index, window]))
+                expected.append(known.logits[index, window])
+        if parts:
+            logits = torch.cat(expected)
+            rows = sorted(data.draw(st.sets(st.integers(0, len(logits) - 1), max_size=4)))
+            assert_equal(sequences.step(parts, rows), logits[rows])
+
+
+def test_rows_that_are_wanted_of_a_batch():
+    segments = [
+        Segment(start=7, length=1, pages=[0]),
+        Segment(start=2, length=4, pages=[1]),
+        Segment(start=0, length=2, pages=[2]),
+    ]
+    found = single_rows(segments, [0, 2, 4, 6])
+    assert [(s.start, s.length, s.pages) for s in found] == [
+        (7, 1, [0]),
+        (3, 1, [1]),
+        (5, 1, [1]),
+        (1, 1, [2]),
+    ]
+    assert single_rows(segments, []) == []
+    for wrong in ([7], [3, 0], [-1]):
+        with pytest.raises(ValueError, match="do not rise within the batch"):
+            single_rows(segments, wrong)
 
 
 @pytest.mark.parametrize("narrow", [False, True])

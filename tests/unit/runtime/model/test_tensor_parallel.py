@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -13,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock_runtime.attention.base import Segment
+from penstock_runtime.attention.paged_native import PagedNativeAttention
+from penstock_runtime.engine.runner import forward
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.collective import Ranks
 from penstock_runtime.model.config import ModelConfig
@@ -20,6 +24,7 @@ from penstock_runtime.model.errors import ModelConfigError
 from penstock_runtime.model.fields import Fields
 from penstock_runtime.model.shard import Shard
 from penstock_runtime.model.transformer import Transformer
+from tests.unit.runtime.kernels.built import built_kernels
 
 from .checkpoints import CONFIGS, Reference, reference
 
@@ -109,6 +114,45 @@ def test_half_precision_stays_close(dtype, references, tmp_path) -> None:
     logits = together(known.path, tmp_path, 2, known.tokens[0], dtype)
     error = (logits - known.logits[0]).std() / known.logits[0].std()
     assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_no_rank_is_done_before_all_have_written(references, tmp_path, monkeypatch) -> None:
+    """Rank 0 sends everybody's pages away when its own forward has ended.
+
+    Behind a last layer of which no row is wanted there is no sum that would hold it back.
+    """
+    built_kernels()
+    known: Reference = references("qwen3")
+    events: list[str] = []
+    others_wrote = threading.Event()
+
+    def one(rank: int) -> None:
+        it = Rank(known.path, tmp_path / "meeting", rank, 2, torch.float32)
+        attention = it.model.attention
+        assert isinstance(attention, PagedNativeAttention)
+        write, last = attention.write_projected, it.pool.layer(it.model.num_layers - 1)
+
+        def slow(plan, qkv, heads, norm, rotations, kv_layer):
+            if rank and kv_layer.data_ptr() == last.data_ptr():
+                others_wrote.wait(timeout=30)
+                time.sleep(0.1)  # what rank 0 would need to end, and more
+                events.append("rank 1 writes")
+            out = write(plan, qkv, heads, norm, rotations, kv_layer)
+            if not rank and kv_layer.data_ptr() == last.data_ptr():
+                others_wrote.set()
+            return out
+
+        monkeypatch.setattr(attention, "write_projected", slow)
+        segments = [Segment(start=0, length=20, pages=range(16))]
+        with torch.inference_mode():
+            hidden = it.model.embed(known.tokens[0, :20])
+            forward(it.model, it.pool, hidden, segments, ())
+        if not rank:
+            events.append("rank 0 has ended")
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(one, range(2)))
+    assert events == ["rank 1 writes", "rank 0 has ended"]
 
 
 @given(size=st.sampled_from([1, 2, 3, 4, 8]), kv_heads=st.sampled_from([1, 2, 4, 8]))
