@@ -130,14 +130,15 @@ class _Output:
         self.tokens: list[int] = []
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def take(self, message: Message) -> None:
-        """Take a message."""
-        if not isinstance(message, Tokens):
-            self.ended.set_exception(RuntimeError(f"the engine refused: {message}"))
-            return
-        self.tokens += [token.id for token in message.tokens]
-        if message.finish:
-            self.ended.set_result(None)
+    def take(self, *messages: Message) -> None:
+        """Take what one step gave."""
+        for message in messages:
+            if not isinstance(message, Tokens):
+                self.ended.set_exception(RuntimeError(f"the engine refused: {message}"))
+                return
+            self.tokens += [token.id for token in message.tokens]
+            if message.finish:
+                self.ended.set_result(None)
 
 
 def _load(options: Options, device: torch.device) -> tuple[Transformer, PoolTensor]:

@@ -73,11 +73,14 @@ class Session:
     _server: ControlServer
     _identity: bytes
 
-    def send(self, message: Message) -> None:
-        """Queue a message for the client. Raises LinkDown if the client is lost."""
+    def send(self, *several: Message) -> None:
+        """Queue messages for the client, in order. Raises LinkDown if the client is lost.
+
+        Those of one call travel as one: that costs about as much as one of them.
+        """
         if self.state is LinkState.LOST:
             raise LinkDown(f"{self.hello.name} ({self.hello.boot_id}) is lost")
-        self._server._post(self._identity, messages.encode(message))  # noqa: SLF001 - one file
+        self._server._post(self._identity, *map(messages.encode, several))  # noqa: SLF001 - one file
 
 
 OnSessionMessage: TypeAlias = Callable[[Session, Control], None]
@@ -157,8 +160,9 @@ class ControlServer:
         self._socket.close(linger=500)
         self._context.destroy(linger=500)
 
-    def _post(self, identity: bytes, data: bytes) -> None:
-        _check_sent(self._socket.send_multipart([identity, data], flags=zmq.DONTWAIT), "a client")
+    def _post(self, identity: bytes, *frames: bytes) -> None:
+        sent = self._socket.send_multipart([identity, *frames], flags=zmq.DONTWAIT)
+        _check_sent(sent, "a client")
 
     async def _receive(self) -> None:
         while True:
@@ -354,28 +358,36 @@ class ControlClient:
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         """Handle messages until the peer turns out to be another process than before."""
-        while True:
-            data = await socket.recv()
-            try:
-                message = messages.decode_control(data)
-            except WireError as error:
-                log.warning("dropped a message from %s: %s", self.address, error)
-                continue
-            self._last_heard = time.monotonic()
-            if isinstance(message, Unknown):
-                if self.up:
-                    return
-                self._post(messages.encode(self._mine))
-            elif isinstance(message, Hello):
-                if self.up and self.hello is not None and message.boot_id != self.hello.boot_id:
-                    return
-                self.hello = message
-                self._set_state(LinkState.READY)
-            elif isinstance(message, Heartbeat):
-                if self.up:
-                    self._set_state(_peer_state(message.state))
-            elif self.up:
-                self._on_message(message)
+        same_peer = True
+        while same_peer:
+            for frame in await socket.recv_multipart():
+                try:
+                    message = messages.decode_control(frame)
+                except WireError as error:
+                    log.warning("dropped a message from %s: %s", self.address, error)
+                    continue
+                self._last_heard = time.monotonic()
+                same_peer = self._handle(message)
+                if not same_peer:
+                    break
+
+    def _handle(self, message: Control) -> bool:
+        """Do what a message asks for; tell whether it came from the peer that was there before."""
+        if isinstance(message, Unknown):
+            if self.up:
+                return False
+            self._post(messages.encode(self._mine))
+        elif isinstance(message, Hello):
+            if self.up and self.hello is not None and message.boot_id != self.hello.boot_id:
+                return False
+            self.hello = message
+            self._set_state(LinkState.READY)
+        elif isinstance(message, Heartbeat):
+            if self.up:
+                self._set_state(_peer_state(message.state))
+        elif self.up:
+            self._on_message(message)
+        return True
 
     async def _beat(self) -> None:
         """Send heartbeats until the lease runs out."""

@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from penstock_runtime.engine.group_link import GroupLink
 from penstock_runtime.engine.sampler import SamplingRow
@@ -46,11 +46,19 @@ if TYPE_CHECKING:
     from penstock_runtime.scheduler.batch import Batch
     from penstock_runtime.scheduler.decode import DecodeScheduler
     from penstock_runtime.transfer.ownership import GrantLedger, Revocation
-    from penstock_wire.messages import TokenOut
+    from penstock_wire.messages import TokenOut, Tokens
 
 log = logging.getLogger(__name__)
 
-Reply: TypeAlias = Callable[[Message], None]
+
+class Reply(Protocol):
+    """Sends messages to the router that a request came from. Equal for its requests."""
+
+    def __call__(self, *messages: Message) -> None:
+        """Send them as one. Raises LinkDown if the router is gone."""
+        ...
+
+
 OpenGroup: TypeAlias = Callable[[GroupAddress, "DecodeEngine"], GroupLink]
 FailureCode: TypeAlias = Literal[
     "overloaded", "draining", "too_long", "prefill_lost", "invalid", "internal"
@@ -329,6 +337,7 @@ class DecodeEngine:
         return SamplingRow(request.sampling, request.tokens, request.prompt_length)
 
     def _stream(self, batch: Batch, sampled: list[TokenOut]) -> None:
+        answers: dict[Reply, list[Tokens]] = {}
         for tokens in self.scheduler.complete_step(batch, sampled):
             self.stats.tokens += len(tokens.tokens)
             client = self._clients.get(tokens.request_id)
@@ -336,7 +345,9 @@ class DecodeEngine:
                 self.stats.cached_tokens += tokens.cached_tokens
                 self._forget(tokens.request_id)
             if client is not None:
-                _send(client.reply, tokens)
+                answers.setdefault(client.reply, []).append(tokens)
+        for reply, together in answers.items():
+            _send(reply, *together)
 
     # --- ends ----------------------------------------------------------------------------------
 
@@ -395,7 +406,7 @@ class DecodeEngine:
         )
 
 
-def _send(reply: Reply, message: Message) -> None:
+def _send(reply: Reply, *messages: Message) -> None:
     # A router that is gone is reported by its link; its requests are cancelled then.
     with contextlib.suppress(LinkDown):
-        reply(message)
+        reply(*messages)

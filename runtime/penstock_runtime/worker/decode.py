@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from penstock_runtime.engine.decode import DecodeEngine
@@ -141,7 +140,7 @@ class DecodeWorker:
         if session.hello.role != "router":
             return
         if isinstance(message, Generate):
-            self.engine.generate(message, session, partial(session.send))
+            self.engine.generate(message, session, session.send)
         elif isinstance(message, Cancel):
             self.engine.cancel(message.request_id)
         elif isinstance(message, Groups):

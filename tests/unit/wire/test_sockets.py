@@ -115,6 +115,19 @@ async def test_messages_both_ways_after_hello() -> None:
         assert got == Tokens(request_id="r", position=0, tokens=())
 
 
+async def test_messages_that_are_sent_together_arrive_in_order() -> None:
+    keys, address = Keys.generate(), free_address()
+    async with serving(address, keys) as server, connected(address, keys) as client:
+        assert await client.state() is LinkState.READY
+        _, session, _ = await server.next()
+        several = [Tokens(request_id="r", position=i, tokens=()) for i in range(5)]
+        session.send(*several[:3])
+        session.send(several[3])
+        session.send(several[4])
+        got = [await asyncio.wait_for(client.messages.get(), 5) for _ in several]
+        assert got == several
+
+
 async def test_client_waits_for_a_server_that_comes_later() -> None:
     keys, address = Keys.generate(), free_address()
     async with connected(address, keys) as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,8 @@ from tests.unit.runtime.kernels.built import built_kernels
 from tests.unit.runtime.model.checkpoints import CONFIGS, VOCAB, save
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from penstock_wire.messages import Message
 
 OUTPUT = 12
@@ -62,16 +65,11 @@ def requests():
     return made
 
 
-async def generate(
-    model: Transformer,
-    requests: list[Any],
-    *,
-    chunk: int,
-    threads: int = 1,
-    page_size: int = 8,
-    rounds: int = 1,
-) -> list[list[int]]:
-    """Run requests at once, the same again `rounds` times (cached); return the last's tokens."""
+@asynccontextmanager
+async def running_engine(
+    model: Transformer, *, chunk: int, threads: int = 1, page_size: int = 8
+) -> AsyncIterator[DecodeEngine]:
+    """Run an engine without prefill groups."""
     layout = model.config.kv_layout(
         layers=(0, model.num_layers), page_size=page_size, dtype=model.dtype
     )
@@ -87,9 +85,21 @@ async def generate(
         model_digest="test",
         open_group=lambda *_: pytest.fail("no prefill group was announced"),
     )
-    ids = map(str, itertools.count())
     loop = asyncio.create_task(engine.run())
     try:
+        yield engine
+    finally:
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
+        compute.close()
+
+
+async def generate(
+    model: Transformer, requests: list[Any], *, rounds: int = 1, **options: int
+) -> list[list[int]]:
+    """Run requests at once, the same again `rounds` times (cached); return the last's tokens."""
+    ids = map(str, itertools.count())
+    async with running_engine(model, **options) as engine:
         for _ in range(rounds):
             outputs = [Output() for _ in requests]
             for (prompt, sampling), output in zip(requests, outputs, strict=True):
@@ -100,10 +110,6 @@ async def generate(
             async with asyncio.timeout(60):
                 for output in outputs:
                     await output.ended
-    finally:
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
-        compute.close()
     return [output.tokens for output in outputs]
 
 
@@ -114,11 +120,12 @@ class Output:
         self.tokens: list[int] = []
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def take(self, message: Message) -> None:
-        assert isinstance(message, Tokens), message
-        self.tokens += [token.id for token in message.tokens]
-        if message.finish:
-            self.ended.set_result(None)
+    def take(self, *messages: Message) -> None:
+        for message in messages:
+            assert isinstance(message, Tokens), message
+            self.tokens += [token.id for token in message.tokens]
+            if message.finish:
+                self.ended.set_result(None)
 
 
 async def test_text_alone_equals_text_beside_others(model, requests):
@@ -135,3 +142,28 @@ async def test_text_from_a_cached_prompt_is_the_same(model, requests):
     alone = (await generate(model, requests[:1], chunk=64))[0]
     again = await generate(model, requests, chunk=64, rounds=2)
     assert again[0] == alone
+
+
+async def test_tokens_of_a_step_go_to_a_router_together(model, requests):
+    """One message a router and step, whatever the number of its streams."""
+    sent: list[tuple[Message, ...]] = []
+    outputs = {str(index): Output() for index in range(PROMPTS)}
+
+    def reply(*messages: Message) -> None:
+        sent.append(messages)
+        for message in messages:
+            assert isinstance(message, Tokens)
+            outputs[message.request_id].take(message)
+
+    async with running_engine(model, chunk=512) as engine:
+        for (prompt, sampling), name in zip(requests, outputs, strict=True):
+            tokens = pack_tokens(prompt)
+            engine.generate(
+                Generate(request_id=name, tokens=tokens, sampling=sampling), "router", reply
+            )
+        async with asyncio.timeout(60):
+            for output in outputs.values():
+                await output.ended
+    assert all(len(output.tokens) == OUTPUT for output in outputs.values())
+    assert max(map(len, sent)) == PROMPTS
+    assert len(sent) < 3 * OUTPUT
