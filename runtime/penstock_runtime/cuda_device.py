@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
 import torch
 
 from penstock_runtime.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def find_device(name: str) -> torch.device:
@@ -39,15 +33,3 @@ def free_bytes(device: torch.device) -> int:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
-
-
-@contextmanager
-def out_of_memory(what: str, remedy: str) -> Iterator[None]:
-    """Turn a device's lack of memory into a ConfigurationError that says for what, and a remedy."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigurationError(
-            f"{what}: the GPU has not enough memory; {remedy}. {reason}"
-        ) from error

@@ -1,4 +1,4 @@
-"""Host memory for what is large and read all the time: weights and KV.
+"""Memory of the host for what is large and read all the time, weights and KV; and its lack.
 
 Such memory is read faster in pages of 2 MiB: with the usual 4 KiB the processor looks an address up
 every few dozen cache lines, and on a virtual machine each look-up reads two tables. Linux gives
@@ -9,10 +9,17 @@ mapped anew: what an allocator hands out again is in small pages already.
 
 from __future__ import annotations
 
+import errno
 import mmap
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import torch
+
+from penstock_runtime.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _HUGE = 2 * 2**20
 """Bytes of a large page on x86-64, and on ARM with pages of 4 KiB."""
@@ -37,6 +44,22 @@ def large_empty(elements: int, dtype: torch.dtype, alignment: int = 64) -> torch
         with suppress(OSError):  # refused, as by a kernel that has no large pages
             mapping.madvise(advice, used.data_ptr() - memory.data_ptr(), size // _HUGE * _HUGE)
     return used
+
+
+@contextmanager
+def out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn a lack of memory into a ConfigurationError that says for what, and a remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigurationError(
+            f"{what}: the GPU has not enough memory; {remedy}. {reason}"
+        ) from error
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise ConfigurationError(f"{what}: this machine has not enough memory; {remedy}") from error
 
 
 def _from_border(memory: torch.Tensor, border: int, elements: int) -> torch.Tensor:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from penstock_runtime.cuda_device import find_device, out_of_memory
+from penstock_runtime.cuda_device import find_device
 from penstock_runtime.engine.cuda_graphs import cuda_capture
 from penstock_runtime.engine.kv_writer import KvWriter, StageIdentity
 from penstock_runtime.engine.ring import ActivationRing
 from penstock_runtime.engine.runner import DecodeRunner, StageRunner
 from penstock_runtime.errors import ConfigurationError
+from penstock_runtime.memory import out_of_memory
 from penstock_runtime.model.config import DTYPES, ModelConfig
 from penstock_runtime.model.shard import Shard
 from penstock_runtime.model.transformer import Transformer

@@ -12,12 +12,12 @@ import torch
 
 from penstock_runtime.attention.base import Segment
 from penstock_runtime.attention.flashinfer import FlashInferAttention
-from penstock_runtime.cuda_device import out_of_memory
 from penstock_runtime.engine.cuda_graphs import DecodeGraphs
 from penstock_runtime.engine.graph_sizes import graph_sizes
 from penstock_runtime.engine.runner import positions_of
 from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.kvcache.base import pages_for
+from penstock_runtime.memory import out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from penstock_runtime.cuda_device import free_bytes, out_of_memory
+from penstock_runtime.cuda_device import free_bytes
 from penstock_runtime.kvcache.shared_memory import SharedMemory
 from penstock_runtime.kvcache.tensors import PoolTensor
+from penstock_runtime.memory import out_of_memory
 from penstock_runtime.model.collective import Alone, Ranks
 from penstock_runtime.model.config import dtype_name
 from penstock_runtime.model.shard import Shard

@@ -78,3 +78,13 @@ def test_a_model_that_cannot_be_divided_so(keys: Path, tmp_path: Path) -> None:
     assert ended.stderr.splitlines()[-1] == (
         "penstock-worker: 5 stages cannot share 4 layers: lower prefill.pipelineParallel"
     )
+
+
+def test_more_kv_memory_than_there_is(keys: Path, tmp_path: Path) -> None:
+    model = checkpoint.make(tmp_path / "model")
+    ended = run(keys, model, "--kv-memory", str(2**53))
+    assert ended.returncode == os.EX_CONFIG
+    assert ended.stderr.splitlines()[-1] == (
+        f"penstock-worker: --kv-memory {2**53}: this machine has not enough memory; lower it "
+        "(kvCache.memory in the manifest)"
+    )

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock_runtime.memory import large_empty
+from penstock_runtime.errors import ConfigurationError
+from penstock_runtime.memory import large_empty, out_of_memory
 
 MIB = 2**20
 
@@ -42,6 +43,20 @@ def test_a_refusal_of_large_pages_changes_nothing_but_speed(monkeypatch):
     monkeypatch.setattr(mmap, "mmap", Refusing)
     memory = large_empty(3 * MIB, torch.float32)
     assert memory.fill_(1).sum() == 3 * MIB
+
+
+def test_a_lack_of_memory_names_what_it_was_for_and_the_remedy():
+    expected = "--kv-memory 8PiB: this machine has not enough memory; lower it"
+    with (
+        pytest.raises(ConfigurationError, match=expected),
+        out_of_memory("--kv-memory 8PiB", "lower it"),
+    ):
+        large_empty(2**53, torch.uint8)
+
+
+def test_another_failure_is_no_lack_of_memory():
+    with pytest.raises(OSError, match="no such"), out_of_memory("The weights", "lower it"):
+        raise OSError(errno.ENOENT, "no such file")
 
 
 def flags_of_mapping(address: int) -> list[str]:

@@ -198,6 +198,11 @@ def test_equal_layers_are_split_evenly(layers: int, stages: int, sizes: list[int
     assert (ranges[0][0], ranges[-1][1]) == (0, layers)
 
 
+def test_the_last_stage_takes_the_layer_that_is_left_over() -> None:
+    """Of its last layer only keys and values are computed, so it costs next to nothing."""
+    assert split_layers(61, 4, 1.0) == [(0, 15), (15, 30), (30, 45), (45, 61)]
+
+
 def test_embedding_counts_as_the_first_stage_s() -> None:
     assert split_layers(12, 3, 1.0, embed_cost=3.0) == [(0, 2), (2, 7), (7, 12)]
 

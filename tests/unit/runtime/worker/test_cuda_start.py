@@ -9,9 +9,10 @@ import torch
 
 from penstock_runtime import cuda_device
 from penstock_runtime.attention.flashinfer import FlashInferAttention
-from penstock_runtime.cuda_device import find_device, out_of_memory
+from penstock_runtime.cuda_device import find_device
 from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.kvcache.tensors import PoolTensor
+from penstock_runtime.memory import out_of_memory
 from penstock_runtime.model.config import ModelConfig
 from penstock_runtime.model.transformer import Transformer, attention_shape
 from penstock_runtime.worker import prepare
