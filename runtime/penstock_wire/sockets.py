@@ -358,8 +358,7 @@ class ControlClient:
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         """Handle messages until the peer turns out to be another process than before."""
-        same_peer = True
-        while same_peer:
+        while True:
             for frame in await socket.recv_multipart():
                 try:
                     message = messages.decode_control(frame)
@@ -367,9 +366,8 @@ class ControlClient:
                     log.warning("dropped a message from %s: %s", self.address, error)
                     continue
                 self._last_heard = time.monotonic()
-                same_peer = self._handle(message)
-                if not same_peer:
-                    break
+                if not self._handle(message):
+                    return
 
     def _handle(self, message: Control) -> bool:
         """Do what a message asks for; tell whether it came from the peer that was there before."""

@@ -74,7 +74,8 @@ class Appends:
 class FlashInferPlan:
     """A batch: where to write, and the wrappers, planned, that its rows go to."""
 
-    appends: Appends
+    appends: Appends | None
+    """None for rows that are planned for `attend` alone."""
     decode_rows: int
     """Rows [0, decode_rows) are one token each."""
     decode: DecodeWrapper | None
@@ -119,14 +120,14 @@ class FlashInferAttention(AttentionBackend[FlashInferPlan]):
         )
 
     def plan_rows(
-        self, segments: Sequence[Segment], page_size: int, device: torch.device
+        self,
+        segments: Sequence[Segment],
+        page_size: int,
+        device: torch.device,  # noqa: ARG002 - the interface
     ) -> FlashInferPlan:
         """Plan them in a wrapper of their own: the batch's are in use."""
-        table = PageTable.of(segments, page_size)
-        plan_decode(self._wanted, table, page_size, self._shape)
-        return FlashInferPlan(
-            Appends.of(segments, table, device), len(segments), self._wanted, None
-        )
+        plan_decode(self._wanted, PageTable.of(segments, page_size), page_size, self._shape)
+        return FlashInferPlan(None, len(segments), self._wanted, None)
 
     def _plan_prefill(self, chunks: Sequence[Segment], table: PageTable, page_size: int) -> None:
         shape = self._shape
@@ -151,6 +152,7 @@ class FlashInferAttention(AttentionBackend[FlashInferPlan]):
     ) -> None:
         """See the interface."""
         to = plan.appends
+        assert to is not None, "planned for `attend` alone"
         self._library.append_paged_kv_cache(
             k_TKH,
             v_TKH,
@@ -210,6 +212,7 @@ class FixedDecode:
     @property
     def positions(self) -> torch.Tensor:
         """The rows' positions, int32 on the device."""
+        assert self.plan.appends is not None
         return self.plan.appends.positions
 
     def set(self, segments: Sequence[Segment], page_size: int) -> None:

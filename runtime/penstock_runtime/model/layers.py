@@ -126,56 +126,35 @@ class Attention:
                 config,
             )
 
-    def __call__(
-        self,
-        x_TD: torch.Tensor,
-        step: AttentionStep,
-        kv_layer: torch.Tensor,
-        wanted: WantedRows | None = None,
-    ) -> torch.Tensor:
-        """Write the keys and values of x into the layer's pages; return what `output` takes.
-
-        That of all rows, or of those that are `wanted`, of which there is at least one.
-        """
-        backend, scale = step.backend, self._head_dim**-0.5
-        plan = step.plan if wanted is None else wanted.plan
-        if isinstance(backend, ProjectedAttention):
-            q_TW = self._write_projected(backend, x_TD, step, kv_layer)
-            q_RW = q_TW if wanted is None else q_TW[wanted.rows]
-            return backend.attend_projected(plan, q_RW, self._heads, kv_layer, scale)
-        q_TNH = self._write(x_TD, step, kv_layer)
-        q_RNH = q_TNH if wanted is None else q_TNH[wanted.rows]
-        return backend.attend(plan, q_RNH, kv_layer, scale).reshape(len(q_RNH), -1)
-
-    def write(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
-        """Write the keys and values of x into the layer's pages, and nothing else."""
-        if isinstance(step.backend, ProjectedAttention):
-            self._write_projected(step.backend, x_TD, step, kv_layer)
-        else:
-            self._write(x_TD, step, kv_layer)
-
-    def _write_projected(
-        self,
-        backend: ProjectedAttention[Any],
-        x_TD: torch.Tensor,
-        step: AttentionStep,
-        kv_layer: torch.Tensor,
-    ) -> torch.Tensor:
-        norm = None if self.norm is None else (self.norm.weight_NH, self.norm.eps)
-        return backend.write_projected(
-            step.plan, self.qkv(x_TD), self._heads, norm, step.rotations, kv_layer
-        )
-
-    def _write(
+    def write(
         self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor
     ) -> torch.Tensor:
-        """Return q, (T, N, H)."""
-        qkv = self.qkv(x_TD).view(len(x_TD), -1, self._head_dim)
+        """Write the keys and values of x into the layer's pages.
+
+        Returns the queries as `attend` takes them: one row a token, in the shape that the
+        backend gives them.
+        """
+        qkv_TW, backend = self.qkv(x_TD), step.backend
+        if isinstance(backend, ProjectedAttention):
+            norm = None if self.norm is None else (self.norm.weight_NH, self.norm.eps)
+            return backend.write_projected(
+                step.plan, qkv_TW, self._heads, norm, step.rotations, kv_layer
+            )
+        qkv = qkv_TW.view(len(x_TD), -1, self._head_dim)
         turned = self._heads + self._kv_heads
         qk, v_TKH = qkv[:, :turned], qkv[:, turned:]
         q_TNH, k_TKH = self._turn(qk, step) if step.fused is None else self._fused(qk, step.fused)
-        step.backend.write(step.plan, k_TKH, v_TKH, kv_layer)
+        backend.write(step.plan, k_TKH, v_TKH, kv_layer)
         return q_TNH
+
+    def attend(
+        self, backend: AttentionBackend[Any], plan: Any, q: torch.Tensor, kv_layer: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what `output` takes, of rows that `write` returned; `plan` is of these rows."""
+        scale = self._head_dim**-0.5
+        if isinstance(backend, ProjectedAttention):
+            return backend.attend_projected(plan, q, self._heads, kv_layer, scale)
+        return backend.attend(plan, q, kv_layer, scale).reshape(len(q), -1)
 
     def _turn(self, qk_TNH: torch.Tensor, step: AttentionStep) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q and k with norm and rotation, in float32 on the way."""
@@ -232,17 +211,18 @@ class DecoderLayer:
 
     def __call__(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
         """Add the layer's contribution to x, in place."""
-        self._contribute(x_TD, self.attention(self.attention_norm(x_TD), step, kv_layer))
+        q = self.attention.write(self.attention_norm(x_TD), step, kv_layer)
+        self._contribute(x_TD, self.attention.attend(step.backend, step.plan, q, kv_layer))
 
     def last(
         self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor, wanted: WantedRows
     ) -> torch.Tensor:
         """Write all keys and values; return the hidden states of the wanted rows, (R, D)."""
-        x_RD, normed_TD = x_TD[wanted.rows], self.attention_norm(x_TD)
+        q, x_RD = self.attention.write(self.attention_norm(x_TD), step, kv_layer), x_TD[wanted.rows]
         if len(wanted):
-            self._contribute(x_RD, self.attention(normed_TD, step, kv_layer, wanted))
+            attend = self.attention.attend
+            self._contribute(x_RD, attend(step.backend, wanted.plan, q[wanted.rows], kv_layer))
         else:
-            self.attention.write(normed_TD, step, kv_layer)
             # With no sum behind it, rank 0 would take others' pages for written that are not yet.
             self._ranks.meet()
         return x_RD

@@ -14,7 +14,7 @@ from penstock_runtime.attention.base import Segment
 from penstock_runtime.attention.flashinfer import FlashInferAttention
 from penstock_runtime.engine.cuda_graphs import DecodeGraphs
 from penstock_runtime.engine.graph_sizes import graph_sizes
-from penstock_runtime.engine.runner import positions_of
+from penstock_runtime.engine.runner import forward
 from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.kvcache.base import pages_for
 from penstock_runtime.memory import out_of_memory
@@ -69,10 +69,7 @@ def _step(model: Transformer, pool: PoolTensor, tokens: int, *, embed: bool, hea
         Segment(start=0, length=1, pages=(0,)),
         Segment(start=0, length=tokens - 1, pages=(0,) * pages_for(tokens - 1, page_size)),
     ]
-    zeros = _zeros(model, tokens, embed=embed)
-    plan = model.attention.plan(segments, page_size, model.device)
-    positions = positions_of(segments, model.device)
-    hidden = model.forward(zeros, positions, plan, pool.tensor)
+    hidden = forward(model, pool, _zeros(model, tokens, embed=embed), segments, None)
     if head:
         model.logits(hidden[:1])
 

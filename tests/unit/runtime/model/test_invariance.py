@@ -17,7 +17,7 @@ from penstock_runtime.model import transformer
 from tests.unit.runtime.kernels.built import built_kernels
 
 from .checkpoints import CONFIGS, PROMPTS, reference
-from .test_parity import Sequences, stages
+from .test_parity import Sequences, stages, walk
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +84,11 @@ def test_bits_of_logits(
     sequences = Sequences(load(known.path, cuts, dtype, pairs), page_size, count=PROMPTS)
     torch.set_num_threads(threads)
     try:
-        for step in steps:
-            parts, rows = [], []
-            for index, length in step.items():
-                window = slice(sequences.done[index], sequences.done[index] + length)
-                if len(known.tokens[index, window]):
-                    parts.append((index, known.tokens[index, window]))
-                    rows.append(expected[index, window])
-            if parts:
-                logits = torch.cat(rows)
-                few = st.sets(st.integers(0, len(logits) - 1), max_size=5).map(sorted)
-                wanted = data.draw(st.one_of(st.none(), few))
-                expected_logits = logits if wanted is None else logits[wanted]
-                assert torch.equal(sequences.step(parts, wanted), expected_logits)
+        for parts, logits in walk(sequences, steps, known.tokens, expected):
+            few = st.sets(st.integers(0, len(logits) - 1), max_size=5).map(sorted)
+            wanted = data.draw(st.one_of(st.none(), few))
+            expected_logits = logits if wanted is None else logits[wanted]
+            assert torch.equal(sequences.step(parts, wanted), expected_logits)
     finally:
         torch.set_num_threads(1)
 

@@ -29,6 +29,7 @@ from tests.unit.runtime.kernels.built import built_kernels
 from .checkpoints import CONFIGS, MAX_TOKENS, PROMPTS, Reference, reference, save
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 CPU = torch.device("cpu")
@@ -129,6 +130,30 @@ def prefill(sequences: Sequences, tokens: torch.Tensor, chunks: list[int]) -> to
     return torch.cat(logits)
 
 
+def walk(
+    sequences: Sequences,
+    steps: Sequence[dict[int, int]],
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+) -> Iterator[tuple[list[tuple[int, torch.Tensor]], torch.Tensor]]:
+    """Yield what `Sequences.step` takes for each step, and the logits of all its rows.
+
+    A step names sequences and how many of their tokens come next; those that have ended are left
+    out, and so are steps with nobody left. The caller computes each before asking for the next.
+    """
+    for step in steps:
+        windows = [
+            (index, slice(sequences.done[index], sequences.done[index] + length))
+            for index, length in step.items()
+        ]
+        windows = [(index, window) for index, window in windows if len(tokens[index, window])]
+        if windows:
+            yield (
+                [(index, tokens[index, window]) for index, window in windows],
+                torch.cat([logits[index, window] for index, window in windows]),
+            )
+
+
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
 
@@ -196,15 +221,8 @@ def test_sequences_of_a_batch_do_not_touch_each_other(
     known: Reference = references(name)
     models = stages(known.path, [], attention=attention, kernels=kernels)
     sequences = Sequences(models, page_size, count=PROMPTS)
-    for step in steps:
-        parts, expected = [], []
-        for index, length in step.items():
-            window = slice(sequences.done[index], sequences.done[index] + length)
-            if len(known.tokens[index, window]):
-                parts.append((index, known.tokens[index, window]))
-                expected.append(known.logits[index, window])
-        if parts:
-            assert_equal(sequences.step(parts), torch.cat(expected))
+    for parts, expected in walk(sequences, steps, known.tokens, known.logits):
+        assert_equal(sequences.step(parts), expected)
 
 
 @given(
@@ -229,17 +247,9 @@ def test_of_the_last_layer_only_what_is_wanted_is_computed(
     known: Reference = references(name)
     models = stages(known.path, cuts, attention=attention, kernels=kernels)
     sequences = Sequences(models, page_size, count=PROMPTS)
-    for step in steps:
-        parts, expected = [], []
-        for index, length in step.items():
-            window = slice(sequences.done[index], sequences.done[index] + length)
-            if len(known.tokens[index, window]):
-                parts.append((index, known.tokens[index, window]))
-                expected.append(known.logits[index, window])
-        if parts:
-            logits = torch.cat(expected)
-            rows = sorted(data.draw(st.sets(st.integers(0, len(logits) - 1), max_size=4)))
-            assert_equal(sequences.step(parts, rows), logits[rows])
+    for parts, expected in walk(sequences, steps, known.tokens, known.logits):
+        rows = sorted(data.draw(st.sets(st.integers(0, len(expected) - 1), max_size=4)))
+        assert_equal(sequences.step(parts, rows), expected[rows])
 
 
 def test_rows_that_are_wanted_of_a_batch():

@@ -124,7 +124,7 @@ def test_no_rank_is_done_before_all_have_written(references, tmp_path, monkeypat
     built_kernels()
     known: Reference = references("qwen3")
     events: list[str] = []
-    others_wrote = threading.Event()
+    rank_0_wrote = threading.Event()
 
     def one(rank: int) -> None:
         it = Rank(known.path, tmp_path / "meeting", rank, 2, torch.float32)
@@ -134,12 +134,12 @@ def test_no_rank_is_done_before_all_have_written(references, tmp_path, monkeypat
 
         def slow(plan, qkv, heads, norm, rotations, kv_layer):
             if rank and kv_layer.data_ptr() == last.data_ptr():
-                others_wrote.wait(timeout=30)
+                rank_0_wrote.wait(timeout=30)
                 time.sleep(0.1)  # what rank 0 would need to end, and more
                 events.append("rank 1 writes")
             out = write(plan, qkv, heads, norm, rotations, kv_layer)
             if not rank and kv_layer.data_ptr() == last.data_ptr():
-                others_wrote.set()
+                rank_0_wrote.set()
             return out
 
         monkeypatch.setattr(attention, "write_projected", slow)
