@@ -165,7 +165,7 @@ class ActivationRing:
         hidden = await self._streams.clone(self._receive[number % self._slots, :tokens])
         self._require_same(agent)
         credit = messages.encode(Credit(epoch=self._epoch, number=number))
-        self._spawn(agent.notify(self._previous, credit))
+        self._notify_previous(agent, credit)
         return hidden
 
     def send(self, hidden: torch.Tensor) -> Coroutine[object, object, None]:
@@ -218,7 +218,7 @@ class ActivationRing:
                     self._credit.set()
             elif isinstance(note, RingProbe) and self._previous:
                 echo = messages.encode(RingEcho(epoch=self._epoch, nonce=note.nonce))
-                self._spawn(self._agent.notify(self._previous, echo))
+                self._notify_previous(self._agent, echo)
             elif isinstance(note, RingEcho):
                 self._echo(note.nonce)
 
@@ -228,13 +228,10 @@ class ActivationRing:
             assert self._echoed is not None
             self._echoed.set_result(None)
 
-    def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
-        self._tasks.spawn(self._quietly(coroutine), f"notification of epoch {self._epoch}")
-
-    async def _quietly(self, coroutine: Coroutine[object, object, None]) -> None:
-        # A neighbour that is lost is noticed by its heartbeats; the epoch ends then.
-        with contextlib.suppress(TransferError):
-            await coroutine
+    def _notify_previous(self, agent: Agent, note: bytes) -> None:
+        self._tasks.spawn(
+            _notify(agent, self._previous, note), f"notification of epoch {self._epoch}"
+        )
 
     async def _unless_broken(self, event: asyncio.Event, what: str) -> None:
         waiter = asyncio.create_task(event.wait())
@@ -256,6 +253,13 @@ class ActivationRing:
         """Raise PipelineBroken if the epoch of `agent` ended during an await."""
         if self._agent is not agent:
             raise PipelineBroken("the epoch ended during a copy")
+
+
+async def _notify(agent: Agent, peer: str, note: bytes) -> None:
+    # The coroutine of `notify` is made here and not by the caller: an epoch's end may cancel this
+    # task before its first step. A peer that is lost is noticed by its heartbeats.
+    with contextlib.suppress(TransferError):
+        await agent.notify(peer, note)
 
 
 def _device(tensor: torch.Tensor) -> int | None:

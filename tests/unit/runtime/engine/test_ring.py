@@ -71,6 +71,15 @@ async def test_the_end_of_an_epoch_wakes_who_waits() -> None:
     assert all(isinstance(r, torch.Tensor | PipelineBroken) for r in results)
 
 
+async def test_an_epoch_may_end_before_its_last_credit_has_begun() -> None:
+    """A coroutine that nobody awaited would be a warning, and warnings are errors here."""
+    first, second = await pair(Fabric())
+    await first.send(hidden(1))
+    await second.receive(TOKENS)
+    await second.close()
+    await first.close()
+
+
 async def test_a_new_epoch_starts_clean() -> None:
     fabric = Fabric()
     first, second = await pair(fabric)
