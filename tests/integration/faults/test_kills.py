@@ -122,8 +122,12 @@ async def test_a_stage_that_stands_still_for_ten_seconds(
             states = [await cluster.worker(f"decode-{i}") for i in range(2)]
             return not any(state["groups_ready"] for state in states)
 
+        async def told() -> bool:
+            return (await client.get("/ready")).status_code == 503
+
         await eventually(noticed, "the stopped stage to be noticed", seconds=8)
-        assert (await client.get("/ready")).status_code == 503
+        # The router hears it from them, or from the leader: by one of the next messages.
+        await eventually(told, "the router to have heard of it", seconds=2)
         await asyncio.sleep(10 - (time.monotonic() - stopped))
     finally:
         cluster.signal("prefill-0-1", signal.SIGCONT)
