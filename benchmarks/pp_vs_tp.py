@@ -50,6 +50,7 @@ from common import RESULTS, Report, Spread, cores, end_on_sigterm, prompts, say,
 from links import CLIENT, enter, links
 from make_model import ensure_model
 
+from penstock_runtime.model.arithmetic import half_layer_flops
 from penstock_runtime.model.config import ModelConfig
 from penstock_wire.keys import Keys
 
@@ -102,19 +103,6 @@ LAYOUTS = {
         Layout("tp4", ranks=4),
     )
 }
-
-
-def flops(config: ModelConfig, tokens: int) -> float:
-    """Return the arithmetic of a prefill: 2 a weight and token, 4 a head dimension and key.
-
-    Of the last layer keys and values alone.
-    """
-    width = config.head_dim
-    projections = config.hidden_size * width * 2 * (config.heads + config.kv_heads)
-    weights = projections + 3 * config.hidden_size * config.intermediate_size
-    keys_values = 2 * config.hidden_size * width * config.kv_heads
-    attention = 4 * config.heads * width * tokens / 2
-    return tokens * ((config.layers - 1) * (2 * weights + attention) + 2 * keys_values)
 
 
 # --- the service ------------------------------------------------------------------------------
@@ -372,7 +360,8 @@ def results(samples: list[dict[str, Any]], args: argparse.Namespace) -> list[dic
             if (s["tokens"], s["layout"]) == (tokens, name)
             and (s["mbit"] == megabits or name == "one")
         ]
-        rate = [flops(config, tokens) / alone[s["round"], tokens] for s in found if alone]
+        flops = sum(half_layer_flops(config, tokens))
+        rate = [flops / alone[s["round"], tokens] for s in found if alone]
         workers = LAYOUTS[name].workers
         rows.append(
             {

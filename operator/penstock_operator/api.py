@@ -201,14 +201,14 @@ class Prefill(RoleSpec):
     shorten the time to first token of long prompts and let a larger model fit."""
     layers_per_stage: (
         Annotated[
-            list[Annotated[int, Field(ge=1, le=1024, strict=True)]],
+            list[Annotated[float, Field(ge=1, le=1024, multiple_of=0.5, strict=True)]],
             Field(min_length=1, max_length=64),
         ]
         | None
     ) = None
-    """Layers of each stage, such as [9, 9, 8]: fewer for a stage on slower hardware. Default: the
-    same for all; `penstock explain-chunks --layers` says from a running group what would be
-    faster."""
+    """Layers of each stage, such as [9, 9, 8]: fewer for a stage on slower hardware. [8.5, 7.5]
+    cuts a layer behind its attention. Default: the same arithmetic for all, for a prompt of 16384
+    tokens; `penstock explain-chunks --group` says from a running group what would be faster."""
     tensor_parallel: Annotated[int, Field(ge=1, le=64, strict=True)] = 1
     """Ranks a stage: they share every layer, each on a GPU of its own or with its part of the
     cores. Must divide the model's attention heads. Default 1."""

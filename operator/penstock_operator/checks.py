@@ -31,7 +31,7 @@ def model_problems(service: InferenceService, config: dict[str, Any]) -> list[Pr
         problems.append(
             Problem(
                 "spec.prefill.layersPerStage",
-                f"{sum(dealt)} layers in all, the model has {layers}",
+                f"{sum(dealt):g} layers in all, the model has {layers}",
             )
         )
     for role, part in (("prefill", spec.prefill), ("decode", spec.decode)):

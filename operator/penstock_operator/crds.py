@@ -38,6 +38,7 @@ _KEPT = (
     "minLength",
     "minimum",
     "maximum",
+    "multipleOf",
 )
 _ATOMIC: Schema = {"x-kubernetes-list-type": "atomic"}
 _LISTS: dict[str, Schema] = {

@@ -187,7 +187,8 @@ def _worker_args(
         args += ["--group", group, "--stage", "$(POD_INDEX)"]
         args += ["--stages", str(spec.prefill.pipeline_parallel)]
         if spec.prefill.layers_per_stage is not None:
-            args += ["--layers-per-stage", ",".join(map(str, spec.prefill.layers_per_stage))]
+            counts = ",".join(f"{count:g}" for count in spec.prefill.layers_per_stage)
+            args += ["--layers-per-stage", counts]
         args += ["--peers", f"{group}-{{i}}.{domain}:{labels.CONTROL_PORT}"]
         args += _rank_args(spec.prefill)
         args += _chunk_args(spec.prefill.chunked_prefill, PREFILL_CHUNK_TOKENS)

@@ -112,8 +112,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """Of the configuration and weights; workers with different ones never exchange KV."""
     kv_layout: Name = ""
     """Digest of architecture, page size, dtype, heads and layout."""
-    layers: tuple[int, int] = (0, 0)
-    """Half-open range of layers held."""
+    layers: tuple[float, float] = (0, 0)
+    """Half-open range of layers held; .5: the border is behind that layer's attention."""
     pages: int = 0
     page_size: int = 0
     max_model_len: int = 0

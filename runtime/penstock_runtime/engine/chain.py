@@ -11,12 +11,13 @@ other side too: what a stage does on Prepare and Form.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from penstock_runtime.transfer.base import TransferError
+from penstock_runtime.transfer.base import PeerLost, TransferError
 from penstock_wire.messages import Form, Formed, Message, Prepare, Prepared, RingAddress
 from penstock_wire.sockets import ControlClient, LinkDown, LinkState
 from penstock_wire.tasks import Tasks
@@ -80,6 +81,7 @@ class Chain:
     Args:
         clients: control links to stages 1 … P-1.
         member: stage 0's own part.
+        layers: that stage 0 holds.
         pages: stage 0's own pool size.
         on_formed: plans may flow.
         on_broken: the epoch ended; said once for each formed epoch.
@@ -90,6 +92,7 @@ class Chain:
         clients: list[ControlClient],
         member: Member,
         *,
+        layers: tuple[float, float],
         pages: int,
         on_formed: OnFormed,
         on_broken: Callable[[str], None],
@@ -97,6 +100,7 @@ class Chain:
     ) -> None:
         self._clients = clients
         self._member = member
+        self._layers = layers
         self._pages = pages
         self._on_formed = on_formed
         self._on_broken = on_broken
@@ -113,6 +117,11 @@ class Chain:
     def stages(self) -> int:
         """Stages in the group."""
         return len(self._clients) + 1
+
+    @property
+    def layers_per_stage(self) -> list[float]:
+        """Layers of each stage, of those that are linked."""
+        return [last - first for first, last in self._ranges()]
 
     @property
     def missing(self) -> list[int]:
@@ -167,8 +176,23 @@ class Chain:
                 await asyncio.sleep(self._settings.retry_seconds)
                 self._changed.set()
 
+    def _ranges(self) -> list[tuple[float, float]]:
+        """The layers of stage 0, then of the others that are linked."""
+        others = [client.hello.layers for client in self._clients if client.hello is not None]
+        return [self._layers, *others]
+
+    def _check_layers(self) -> None:
+        """Raise PeerLost if a stage does not begin where the one before it ends."""
+        for stage, (before, own) in enumerate(itertools.pairwise(self._ranges()), start=1):
+            if before[1] != own[0]:
+                raise PeerLost(
+                    f"stage {stage} begins at layer {own[0]:g}, and the stage before it ends at "
+                    f"{before[1]:g}: start all stages of a group with the same --layers-per-stage"
+                )
+
     async def _form(self) -> None:
         self.epoch += 1
+        self._check_layers()
         self._answers = asyncio.Queue()
         rings: list[RingAddress | None] = [None] * self.stages
         async with asyncio.timeout(self._settings.form_seconds):

@@ -16,6 +16,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from penstock_runtime.kvcache.base import attention_layers
 from penstock_runtime.transfer.base import TransferError
 from penstock_wire import messages
 from penstock_wire.messages import (
@@ -236,7 +237,7 @@ class GroupLink:
                 for arena in self._arenas
             ),
             pages=ours.pages,
-            layers=ours.layers,
+            layers=attention_layers(ours.layers),
         )
         with contextlib.suppress(LinkDown):
             client.send(OpenLink(target=target))

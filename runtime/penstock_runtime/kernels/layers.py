@@ -45,29 +45,44 @@ class Projection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerWeights:
-    """The weights of one layer; those of norms are float32."""
+class AttentionWeights:
+    """The first half of a layer; weights of norms are float32."""
 
-    attention_norm: torch.Tensor
+    norm: torch.Tensor
     qkv: Projection
     head_norm: torch.Tensor | None
     """(N + K, H), or none."""
     output: Projection
-    mlp_norm: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeedForwardWeights:
+    """The second half."""
+
+    norm: torch.Tensor
     gate_up: Projection
     down: Projection
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer; None is the half that another stage has."""
+
+    attention: AttentionWeights | None
+    feed_forward: FeedForwardWeights | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayersShape:
     """What all layers of a model have in common."""
 
+    hidden: int
     heads: int
     head_dim: int
     epsilon: float
     """Of all norms."""
     dtype: torch.dtype
-    """Of activations behind each layer."""
+    """Whose precision hidden states have behind each half of a layer."""
     round_inputs: bool
     """As for `Kernels.attention`."""
 
@@ -92,7 +107,9 @@ class NativeLayers:
         self._weights = list(layers)  # the library is given addresses only
         self._shape = shape
         self._layers = (DecoderLayer * len(layers))(*map(_layer, layers))
-        self._hidden = layers[0].qkv.weight.inputs
+        self._attention_layers = [
+            made for made, given in zip(self._layers, layers, strict=True) if given.attention
+        ]
         self._divides = shape.heads * shape.head_dim % kernels.columns_together == 0
         """Whether q can be computed apart from keys and values."""
         self._pool: tuple[object, ...] = ()
@@ -119,7 +136,7 @@ class NativeLayers:
             last: what is wanted; None: all rows.
         """
         shape, tokens = self._shape, len(x_TD)
-        check(x_TD, "x", (tokens, self._hidden))
+        check(x_TD, "x", (tokens, shape.hidden))
         check(rotations, "rotations", (tokens, 1, shape.head_dim // 2), torch.complex64)
         for slot in slots:
             check(slot, "slots", (tokens,), torch.int64)
@@ -127,7 +144,7 @@ class NativeLayers:
         step = Step(
             x_TD.data_ptr(),
             tokens,
-            self._hidden,
+            shape.hidden,
             ELEMENTS[shape.dtype],
             shape.epsilon,
             AttentionInputs(
@@ -146,7 +163,7 @@ class NativeLayers:
         if last is None or not self._divides:
             self._kernels.layers(self._layers, step)
             return x_TD if last is None else x_TD[last.rows]
-        x_RD = torch.empty(len(last.rows), self._hidden)
+        x_RD = torch.empty(len(last.rows), shape.hidden)
         turns = rotations[last.rows]
         step.last = pointer(
             LastRows(
@@ -178,25 +195,26 @@ class NativeLayers:
         """Tell the layers where their pages are, unless they know, and return those of the last."""
         known = (kv_pool.data_ptr(), kv_pool.shape, kv_pool.stride(), kv_pool.dtype)
         if self._pages is None or known != self._pool:
-            for index, layer in enumerate(self._layers):
+            for index, layer in enumerate(self._attention_layers):
                 self._pages = KvPages(*kv_pool[:, index].unbind(1))
                 layer.kv = self._pages.layer
             self._pool = known
-        assert self._pages is not None, "there is at least one layer"
+        assert self._pages is not None, "there is at least one layer's attention"
         return self._pages
 
 
 def _layer(weights: LayerWeights) -> DecoderLayer:
-    return DecoderLayer(
-        weights.attention_norm.data_ptr(),
-        weights.qkv.matrix(),
-        _address(weights.head_norm),
-        weights.output.matrix(),
-        weights.mlp_norm.data_ptr(),
-        weights.gate_up.matrix(),
-        weights.down.matrix(),
-        KvLayer(),
-    )
+    layer = DecoderLayer()
+    if (attention := weights.attention) is not None:
+        layer.attention_norm = attention.norm.data_ptr()
+        layer.qkv = attention.qkv.matrix()
+        layer.head_norm = _address(attention.head_norm)
+        layer.output = attention.output.matrix()
+    if (feed_forward := weights.feed_forward) is not None:
+        layer.mlp_norm = feed_forward.norm.data_ptr()
+        layer.gate_up = feed_forward.gate_up.matrix()
+        layer.down = feed_forward.down.matrix()
+    return layer
 
 
 def _address(x: torch.Tensor | None) -> int | None:

@@ -93,7 +93,7 @@ class Matrix(Structure):
 
 
 class DecoderLayer(Structure):
-    """The weights of a layer, and its pages."""
+    """The weights of a layer, and its pages; null is the half that another stage has."""
 
     _fields_: ClassVar[Sequence[tuple[str, Any]]] = [
         ("attention_norm", c_void_p),

@@ -6,12 +6,30 @@ Latent attention (MLA):     pool[pages, layers, 1, 1, page_size, kv_lora_rank + 
 Page-first, so that a page is one contiguous range. A stage that holds layers [a, b) has pages of
 (b - a) layers, and inside a decode worker's page (all layers) those layers are one contiguous range
 too: one transfer descriptor a page.
+
+A border between stages may lie within a layer, behind its attention: at 8.5 the attention of layer
+8, and so its KV, is in front of the border, and its feed-forward behind.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from typing import TypeAlias
+
+LayerRange: TypeAlias = tuple[float, float]
+"""The half-open range [a, b) of layers, in multiples of 0.5; see above."""
+
+
+def attention_layers(layers: LayerRange) -> tuple[int, int]:
+    """Return the layers of a range whose attention, and so whose KV, lies in it."""
+    return math.ceil(layers[0]), math.ceil(layers[1])
+
+
+def feed_forward_layers(layers: LayerRange) -> tuple[int, int]:
+    """Return the layers of a range whose feed-forward lies in it."""
+    return math.floor(layers[0]), math.floor(layers[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from penstock_runtime.kvcache.base import KVLayout
+from penstock_runtime.kvcache.base import KVLayout, attention_layers
 from penstock_runtime.model.errors import ModelConfigError
 from penstock_runtime.model.fields import Fields
 from penstock_runtime.model.registry import ARCHITECTURES, Architecture
@@ -16,6 +16,8 @@ from penstock_runtime.model.rope import RopeConfig, RopeKind, yarn_attention_fac
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from penstock_runtime.kvcache.base import LayerRange
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Supported element types by their names in config.json."""
@@ -109,11 +111,12 @@ class ModelConfig:
                 f"{self.max_context_reason} allows {self.max_context}; ask for at most that"
             )
 
-    def kv_layout(self, *, layers: tuple[int, int], page_size: int, dtype: torch.dtype) -> KVLayout:
+    def kv_layout(self, *, layers: LayerRange, page_size: int, dtype: torch.dtype) -> KVLayout:
         """Return how the KV of the layers [a, b) lies in pages of `page_size` tokens."""
+        first, last = attention_layers(layers)
         return KVLayout(
-            first_layer=layers[0],
-            last_layer=layers[1],
+            first_layer=first,
+            last_layer=last,
             planes=2,
             kv_heads=self.kv_heads,
             page_size=page_size,

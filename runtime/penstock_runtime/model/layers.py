@@ -193,50 +193,80 @@ class FeedForward:
         return self._operators.silu_multiply(self.gate_up(x_TD))
 
 
-class DecoderLayer:
-    """Attention and feed-forward, each with a norm before and a residual around it.
+class Residual:
+    """Adds a block's output, summed over the ranks, to the hidden states.
 
-    A rank has some of the heads and some of the feed-forward: its outputs are summed over all.
+    They keep the precision of `dtype` behind every block, so that where a model is cut into stages
+    changes no bit of its result.
     """
 
+    def __init__(self, ranks: Collective, dtype: torch.dtype) -> None:
+        self.ranks = ranks
+        self._dtype = dtype
+
+    def add(self, x_TD: torch.Tensor, output: Linear, inner: torch.Tensor) -> None:
+        """Add the output layer's product, of all ranks, to x."""
+        if self.ranks.size == 1:
+            output.add_to(x_TD, inner)
+        else:
+            x_TD += self.ranks.sum(output(inner))
+        if x_TD.dtype != self._dtype:
+            x_TD.copy_(x_TD.to(self._dtype))
+
+
+class AttentionBlock:
+    """Attention with a norm before and a residual around it. A rank has some of the heads."""
+
     def __init__(
-        self, tensors: Tensors, config: ModelConfig, operators: Operators, ranks: Collective
+        self, tensors: Tensors, config: ModelConfig, operators: Operators, residual: Residual
     ) -> None:
-        eps = config.norm_eps
-        self.attention_norm = operators.norm(tensors["input_layernorm.weight"], eps)
+        self.norm = operators.norm(tensors["input_layernorm.weight"], config.norm_eps)
         self.attention = Attention(tensors, config, operators)
-        self.mlp_norm = operators.norm(tensors["post_attention_layernorm.weight"], eps)
-        self.mlp = FeedForward(tensors, config, operators)
-        self._ranks = ranks
+        self._residual = residual
 
     def __call__(self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor) -> None:
-        """Add the layer's contribution to x, in place."""
-        q = self.attention.write(self.attention_norm(x_TD), step, kv_layer)
+        """Add the block's contribution to x, in place."""
+        q = self.attention.write(self.norm(x_TD), step, kv_layer)
         self._contribute(x_TD, self.attention.attend(step.backend, step.plan, q, kv_layer))
 
     def last(
         self, x_TD: torch.Tensor, step: AttentionStep, kv_layer: torch.Tensor, wanted: WantedRows
     ) -> torch.Tensor:
         """Write all keys and values; return the hidden states of the wanted rows, (R, D)."""
-        q, x_RD = self.attention.write(self.attention_norm(x_TD), step, kv_layer), x_TD[wanted.rows]
+        q, x_RD = self.attention.write(self.norm(x_TD), step, kv_layer), x_TD[wanted.rows]
         if len(wanted):
             attend = self.attention.attend
             self._contribute(x_RD, attend(step.backend, wanted.plan, q[wanted.rows], kv_layer))
         else:
             # With no sum behind it, rank 0 would take others' pages for written that are not yet.
-            self._ranks.meet()
+            self._residual.ranks.meet()
         return x_RD
 
     def _contribute(self, x_TD: torch.Tensor, attended: torch.Tensor) -> None:
-        self._add(x_TD, self.attention.output, attended)
-        self._add(x_TD, self.mlp.down, self.mlp(self.mlp_norm(x_TD)))
+        self._residual.add(x_TD, self.attention.output, attended)
 
-    def _add(self, x_TD: torch.Tensor, output: Linear, inner: torch.Tensor) -> None:
-        """Add the output layer's product, of all ranks, to x."""
-        if self._ranks.size == 1:
-            output.add_to(x_TD, inner)
-        else:
-            x_TD += self._ranks.sum(output(inner))
+
+class FeedForwardBlock:
+    """The feed-forward with a norm before and a residual around it. A rank has a part of it."""
+
+    def __init__(
+        self, tensors: Tensors, config: ModelConfig, operators: Operators, residual: Residual
+    ) -> None:
+        self.norm = operators.norm(tensors["post_attention_layernorm.weight"], config.norm_eps)
+        self.mlp = FeedForward(tensors, config, operators)
+        self._residual = residual
+
+    def __call__(self, x_TD: torch.Tensor) -> None:
+        """Add the block's contribution to x, in place."""
+        self._residual.add(x_TD, self.mlp.down, self.mlp(self.norm(x_TD)))
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Attention, then feed-forward; None is what another stage has, on this layer's other side."""
+
+    attention: AttentionBlock | None
+    feed_forward: FeedForwardBlock | None
 
 
 class Embedding:

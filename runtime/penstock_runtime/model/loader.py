@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from penstock_runtime.kvcache.base import attention_layers, feed_forward_layers
 from penstock_runtime.model.collective import Alone
-from penstock_runtime.model.layers import DecoderLayer, Embedding, Head
+from penstock_runtime.model.layers import (
+    AttentionBlock,
+    DecoderLayer,
+    Embedding,
+    FeedForwardBlock,
+    Head,
+    Residual,
+)
 from penstock_runtime.model.shard import ADDED_ONCE, Shard
 
 if TYPE_CHECKING:
     import torch
 
+    from penstock_runtime.kvcache.base import LayerRange
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.operators import Operators
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 """Tensor name to shape; a weight matrix is (outputs, inputs)."""
 
+_ATTENTION = ("input_layernorm.", "self_attn.")
+"""How the names of a layer's first half begin; all others are of its second."""
 _EMBEDDING = "model.embed_tokens.weight"
 _FINAL_NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
@@ -31,8 +42,7 @@ class Part:
     """What one rank of a stage holds of a model."""
 
     config: ModelConfig
-    layers: tuple[int, int]
-    """The half-open range [a, b)."""
+    layers: LayerRange
     embed: bool
     head: bool
     collective: Collective = field(default_factory=Alone)
@@ -42,8 +52,25 @@ class Part:
         """This rank's part of every layer."""
         return Shard(self.collective.rank, self.collective.size)
 
-    def layer_names(self) -> list[str]:
-        """Return a layer's tensors that this rank holds, or a part of them, without prefix."""
+    @property
+    def layer_indices(self) -> range:
+        """The layers of which this part holds something."""
+        return range(feed_forward_layers(self.layers)[0], attention_layers(self.layers)[1])
+
+    def attention_names(self, index: int) -> list[str]:
+        """Return the tensors of a layer's attention that this rank holds, or a part of them.
+
+        Without the layer's prefix; none if this part does not hold the attention.
+        """
+        held = index in range(*attention_layers(self.layers))
+        return [name for name in self._names() if held and name.startswith(_ATTENTION)]
+
+    def feed_forward_names(self, index: int) -> list[str]:
+        """Return the same of its feed-forward."""
+        held = index in range(*feed_forward_layers(self.layers))
+        return [name for name in self._names() if held and not name.startswith(_ATTENTION)]
+
+    def _names(self) -> list[str]:
         names = layer_shapes(self.config)
         return [name for name in names if not self.collective.rank or name not in ADDED_ONCE]
 
@@ -53,8 +80,9 @@ class Part:
         vocabulary = (config.vocab_size, config.hidden_size)
         shapes: Shapes = {}
         whole = layer_shapes(config)
-        for index in range(*self.layers):
-            shapes |= {_full(index, name): whole[name] for name in self.layer_names()}
+        for index in self.layer_indices:
+            names = self.attention_names(index) + self.feed_forward_names(index)
+            shapes |= {_full(index, name): whole[name] for name in names}
         if self.embed:
             shapes[_EMBEDDING] = vocabulary
         if self.head:
@@ -108,21 +136,30 @@ class Loader:
         """
         self._part = part
         self._config = part.shard.local(part.config)
-        self._names = part.layer_names()
         self._cuts = part.shard.layer_cuts(part.config) if part.collective.size > 1 else {}
         self._shapes = part.shapes()
         self._reader = checkpoint.read(self._shapes, progress)
         self._dtype = dtype
         self._device = device
         self._operators = operators
+        self._residual = Residual(part.collective, dtype)
         self._tables: dict[str, torch.Tensor] = {}
 
-    def layer(self, index: int) -> DecoderLayer:
-        """Return the layer `index` of the model. Raises WeightsError."""
-        tensors = {
-            name: self._take(_full(index, name), self._cuts.get(name)) for name in self._names
-        }
-        return DecoderLayer(tensors, self._config, self._operators, self._part.collective)
+    def layers(self) -> list[DecoderLayer]:
+        """Return the layers, or what this part holds of them. Raises WeightsError."""
+        return [self._layer(index) for index in self._part.layer_indices]
+
+    def _layer(self, index: int) -> DecoderLayer:
+        made = self._config, self._operators, self._residual
+        attention = self._tensors(index, self._part.attention_names(index))
+        feed_forward = self._tensors(index, self._part.feed_forward_names(index))
+        return DecoderLayer(
+            AttentionBlock(attention, *made) if attention else None,
+            FeedForwardBlock(feed_forward, *made) if feed_forward else None,
+        )
+
+    def _tensors(self, index: int, names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: self._take(_full(index, name), self._cuts.get(name)) for name in names}
 
     def embedding(self) -> Embedding:
         """Return the embedding. Raises WeightsError."""

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from penstock_runtime.kernels.layers import LayersShape, LayerWeights, NativeLayers, Projection
+from penstock_runtime.kernels.layers import (
+    AttentionWeights,
+    FeedForwardWeights,
+    LayersShape,
+    LayerWeights,
+    NativeLayers,
+    Projection,
+)
 from penstock_runtime.model.operators import NativeLinear, NativeNorm
 
 if TYPE_CHECKING:
@@ -18,7 +25,7 @@ if TYPE_CHECKING:
     from penstock_runtime.attention.paged_native import PagedNativeAttention
     from penstock_runtime.kernels.native import Kernels
     from penstock_runtime.model.config import ModelConfig
-    from penstock_runtime.model.layers import DecoderLayer
+    from penstock_runtime.model.layers import AttentionBlock, DecoderLayer, FeedForwardBlock
     from penstock_runtime.model.linear import Linear
     from penstock_runtime.model.operators import Norm
 
@@ -32,6 +39,7 @@ def native_layers(
 ) -> NativeLayers:
     """Return layers that were made of `NativeOperators`, and their attention, as one."""
     shape = LayersShape(
+        hidden=config.hidden_size,
         heads=config.heads,
         head_dim=config.head_dim,
         epsilon=config.norm_eps,
@@ -42,15 +50,27 @@ def native_layers(
 
 
 def _weights(layer: DecoderLayer) -> LayerWeights:
-    attention, mlp = layer.attention, layer.mlp
     return LayerWeights(
-        attention_norm=_norm(layer.attention_norm),
+        None if layer.attention is None else _attention(layer.attention),
+        None if layer.feed_forward is None else _feed_forward(layer.feed_forward),
+    )
+
+
+def _attention(block: AttentionBlock) -> AttentionWeights:
+    attention = block.attention
+    return AttentionWeights(
+        norm=_norm(block.norm),
         qkv=_projection(attention.qkv),
         head_norm=None if attention.norm is None else attention.norm.weight_NH,
         output=_projection(attention.output),
-        mlp_norm=_norm(layer.mlp_norm),
-        gate_up=_projection(mlp.gate_up),
-        down=_projection(mlp.down),
+    )
+
+
+def _feed_forward(block: FeedForwardBlock) -> FeedForwardWeights:
+    return FeedForwardWeights(
+        norm=_norm(block.norm),
+        gate_up=_projection(block.mlp.gate_up),
+        down=_projection(block.mlp.down),
     )
 
 

@@ -1,5 +1,7 @@
 """A stage's part of a model: the layers [a, b), and perhaps the embedding and the head.
 
+A border may lie within a layer, see `kvcache.base`.
+
 Shape letters: T tokens of the batch, D hidden size, R rows chosen for sampling, V vocabulary.
 """
 
@@ -14,6 +16,7 @@ from penstock_runtime.attention.paged_native import PagedNativeAttention
 from penstock_runtime.attention.registry import create_attention
 from penstock_runtime.kernels.layers import LastLayer
 from penstock_runtime.kernels.selection import select_kernels
+from penstock_runtime.kvcache.base import attention_layers
 from penstock_runtime.model.collective import Alone
 from penstock_runtime.model.fused import fused_kernels
 from penstock_runtime.model.layers import AttentionStep, Fused
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from penstock_runtime.attention.base import AttentionBackend
     from penstock_runtime.kernels.layers import NativeLayers
     from penstock_runtime.kernels.selection import KernelChoice
+    from penstock_runtime.kvcache.base import LayerRange
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.fused import FusedKernels
@@ -41,9 +45,9 @@ if TYPE_CHECKING:
 class Transformer:
     """The layers [a, b) of a model on one device.
 
-    Activations that enter and leave a layer have the precision of `dtype`; inside, arithmetic is in
-    `compute_dtype`. So where a model is cut into stages changes no bit of its result. Call under
-    `torch.inference_mode`, from one thread at a time.
+    Hidden states have the precision of `dtype` behind every attention and feed-forward; inside,
+    arithmetic is in `compute_dtype`. So where a model is cut into stages changes no bit of its
+    result. Call under `torch.inference_mode`, from one thread at a time.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class Transformer:
         path: Path,
         config: ModelConfig,
         *,
-        layers: tuple[int, int],
+        layers: LayerRange,
         embed: bool,
         head: bool,
         dtype: torch.dtype,
@@ -98,7 +102,7 @@ class Transformer:
         Args:
             path: directory in Hugging Face format.
             config: of the same directory.
-            layers: the half-open range [a, b).
+            layers: the range; at least one layer's attention lies in it.
             embed: the first stage, and a decode worker: `embed` will be called.
             head: a decode worker: `logits` will be called.
             dtype: of KV and of activations between stages; weights are rounded to it.
@@ -115,8 +119,11 @@ class Transformer:
             ValueError: the range of layers is not one of this model's.
         """
         first, last = layers
-        if not 0 <= first < last <= config.layers:
+        held = attention_layers(layers)
+        if not (0 <= first < last <= config.layers and held[0] < held[1]):
             raise ValueError(f"layers [{first}, {last}) of a model with {config.layers}")
+        if first * 2 % 1 or last * 2 % 1:
+            raise ValueError(f"layers [{first}, {last}): a border is at a layer or at its half")
         ranks = ranks or Alone()
         part = Part(config=config, layers=layers, embed=embed, head=head, collective=ranks)
         local = part.shard.local(config)
@@ -134,7 +141,7 @@ class Transformer:
                 operators=operators,
                 progress=progress or _silent,
             )
-            decoder_layers = [loader.layer(index) for index in range(first, last)]
+            decoder_layers = loader.layers()
             whole = None
             if (
                 native is not None
@@ -158,8 +165,8 @@ class Transformer:
 
     @property
     def num_layers(self) -> int:
-        """Layers held, b - a."""
-        return len(self._layers)
+        """Layers whose attention, and so whose KV, is held."""
+        return sum(layer.attention is not None for layer in self._layers)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of tokens, (T, D). Only with `embed`."""
@@ -180,8 +187,8 @@ class Transformer:
             hidden_TD: of the layer before, `dtype`; not changed.
             positions_T: of the batch's tokens, in batch order.
             plan: `self.attention.plan` of the same batch.
-            kv_pool: (pages, b - a, 2, K, S, H); keys and values of the batch are written.
-            wanted: the rows whose hidden states are wanted; None: all.
+            kv_pool: (pages, layers, 2, K, S, H); keys and values of the batch are written.
+            wanted: the rows whose hidden states are wanted; None: all. Only with a model's end.
         """
         turns = rotations(positions_T, self._frequencies, self.config.rope.attention_factor)
         x_TD = hidden_TD.to(self.compute_dtype, copy=True)
@@ -197,13 +204,16 @@ class Transformer:
             return x_TD.to(self.dtype)
         fused = None if self.kernels is None else Fused(self.kernels, RopeTable.of(turns))
         step = AttentionStep(self.attention, plan, turns, fused)
-        whole = self._layers if wanted is None else self._layers[:-1]
-        for index, layer in enumerate(whole):
-            layer(x_TD, step, kv_pool[:, index])
-            if self.dtype != self.compute_dtype:
-                x_TD.copy_(x_TD.to(self.dtype))
-        if wanted is not None:
-            x_TD = self._layers[-1].last(x_TD, step, kv_pool[:, -1], wanted)
+        kv_layers = iter(kv_pool.unbind(1))
+        for layer in self._layers:
+            if layer.attention is not None:
+                kv_layer = next(kv_layers)
+                if wanted is not None and layer is self._layers[-1]:
+                    x_TD = layer.attention.last(x_TD, step, kv_layer, wanted)
+                else:
+                    layer.attention(x_TD, step, kv_layer)
+            if layer.feed_forward is not None and len(x_TD):
+                layer.feed_forward(x_TD)
         return x_TD.to(self.dtype)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Literal
 from penstock_runtime.scheduler.cost_model import Chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from penstock_runtime.scheduler.cost_model import Cost
 
 
@@ -182,94 +180,3 @@ class ChunkPlanner:
     def after(self, position: int) -> int:
         """Return the last page boundary that a step from `position` can reach."""
         return (position + self.step_tokens) // self.page_size * self.page_size
-
-
-def split_layers(
-    num_layers: int, stages: int, layer_cost: float | list[float], embed_cost: float = 0.0
-) -> list[tuple[int, int]]:
-    """Divide layers among stages so that the slowest stage is as fast as possible.
-
-    Args:
-        num_layers: layers of the model.
-        stages: P; each gets at least one layer.
-        layer_cost: seconds of every layer, or of each one.
-        embed_cost: seconds that the first stage spends on embedding besides.
-
-    Returns:
-        Half-open ranges, one a stage. Among the fastest divisions the most even one (least sum of
-        squares).
-
-    Raises:
-        ValueError: if there are fewer layers than stages, or a cost is missing or negative.
-    """
-    costs = [layer_cost] * num_layers if isinstance(layer_cost, (int, float)) else layer_cost
-    if not 1 <= stages <= num_layers:
-        raise ValueError(f"{num_layers} layers cannot be divided among {stages} stages")
-    if len(costs) != num_layers or embed_cost < 0 or min(costs) < 0:
-        raise ValueError(f"{num_layers} layers need as many costs, none of them negative")
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-
-    def load(first: int, last: int) -> float:
-        return sums[last] - sums[first] + (embed_cost if first == 0 else 0.0)
-
-    slowest = _slowest_stage(num_layers, stages, load)
-    return _most_even(num_layers, stages, load, slowest * (1 + 1e-9))
-
-
-def split_measured(
-    counts: Sequence[int], seconds: Sequence[float], embed_cost: float = 0.0
-) -> list[tuple[int, int]]:
-    """Divide layers anew by what stages measured that hold `counts` of them.
-
-    The layers of one stage are taken to cost the same; what differs from stage to stage is taken
-    to be the layers', so stages should run on machines of one kind.
-
-    Args:
-        counts: layers of each stage, at least one.
-        seconds: of each stage for one and the same chunk, without what a step costs besides layers.
-        embed_cost: the part of the first stage's seconds that is the embedding.
-
-    Raises:
-        ValueError: if there is no time for each stage, or embedding takes longer than stage 0.
-    """
-    if len(counts) != len(seconds) or min(counts, default=0) < 1:
-        raise ValueError(f"{len(seconds)} times do not describe stages of {list(counts)} layers")
-    layers = [seconds[0] - embed_cost, *seconds[1:]]
-    costs = [time / count for count, time in zip(counts, layers, strict=True) for _ in range(count)]
-    return split_layers(sum(counts), len(counts), costs, embed_cost)
-
-
-def _slowest_stage(num_layers: int, stages: int, load: Callable[[int, int], float]) -> float:
-    """Return the least possible time of the slowest stage, by dynamic programming."""
-    # best[n]: layers [0, n) on the stages so far.
-    best = [math.inf] + [load(0, n) for n in range(1, num_layers + 1)]
-    for _ in range(stages - 1):
-        best = [
-            min((max(best[m], load(m, n)) for m in range(1, n)), default=math.inf)
-            for n in range(num_layers + 1)
-        ]
-    return best[num_layers]
-
-
-def _most_even(
-    num_layers: int, stages: int, load: Callable[[int, int], float], limit: float
-) -> list[tuple[int, int]]:
-    """Return the division with no stage above `limit` whose squared times have the least sum."""
-
-    def square(first: int, last: int) -> float:
-        seconds = load(first, last)
-        return seconds * seconds if seconds <= limit else math.inf
-
-    best = [(math.inf, [(0, 0)])] + [(square(0, n), [(0, n)]) for n in range(1, num_layers + 1)]
-    for _ in range(stages - 1):
-        best = [
-            min(
-                ((best[m][0] + square(m, n), [*best[m][1], (m, n)]) for m in range(1, n)),
-                key=lambda division: division[0],
-                default=(math.inf, []),
-            )
-            for n in range(num_layers + 1)
-        ]
-    return best[num_layers][1]

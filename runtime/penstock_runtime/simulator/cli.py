@@ -87,9 +87,17 @@ def add_explain_chunks(subparsers: Subparsers) -> None:
     a("--prompts", type=_positive, default=1, metavar="N", help="sent at once (default: 1)")
     a(
         "--layers",
-        type=_positive,
-        metavar="N",
-        help="of the model: say how to divide them by what the stages measured",
+        type=_layer_counts,
+        metavar="N,N",
+        help="of each stage now, such as 8.5,7.5: say how to divide them by what the stages "
+        "measured (default: what --group says)",
+    )
+    a(
+        "--attention-share",
+        type=_share,
+        default=0.25,
+        metavar="F",
+        help="part of a layer's weights that its attention has, for --layers (default: 0.25)",
     )
     _pipeline_options(parser)
     a("--svg", type=Path, metavar="FILE", help="write the timeline as a picture")
@@ -110,7 +118,8 @@ def _explain_chunks(args: argparse.Namespace) -> int:
             hardware=_hardware(args, models),
         )
         answer = explain(question)
-        advice = report.layer_advice(question, args.layers) if args.layers else ""
+        layers = args.layers or _known_layers(args, len(models))
+        advice = report.layer_advice(question, layers, args.attention_share) if layers else ""
     except (costs.CostsUnknown, ValueError) as error:
         return _wrong(error)
     print(report.explanation_text(question, answer) + advice)
@@ -337,6 +346,12 @@ def _stages(args: argparse.Namespace) -> tuple[StageModel, ...]:
     return costs.for_stages(found, args.stages)
 
 
+def _known_layers(args: argparse.Namespace, stages: int) -> list[float]:
+    """Return what a running group says of its stages' layers; none if some are away."""
+    known = costs.layers_of_worker(args.group) if args.group else []
+    return known if len(known) == stages > 1 else []
+
+
 def _costs(models: Sequence[StageModel]) -> tuple[Cost, ...]:
     return tuple(model.cost for model in models)
 
@@ -377,6 +392,25 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def _layer_counts(text: str) -> list[float]:
+    try:
+        counts = [float(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0.0]
+    if any(not 1 <= count <= 1024 or count * 2 % 1 for count in counts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of layers, in halves and at least one a stage: 8.5,7.5"
+        )
+    return counts
+
+
+def _share(text: str) -> float:
+    value = _above_zero(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return value
 
 
 def _at_least_zero(text: str) -> float:

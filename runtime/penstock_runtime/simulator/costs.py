@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_STAGES = 1024
 _TIMEOUT_SECONDS = 5.0
+_STATE_BYTES = 4 * 1024 * 1024
 _METRIC = re.compile(r"^penstock_stage_cost\{([^}]*)\}\s+(\S+)", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -46,6 +47,7 @@ class _Coefficients(Struct):
 
 class _State(Struct):
     costs: list[_Coefficients]
+    layers_per_stage: list[float] = []
 
 
 def from_text(text: str) -> StageModel:
@@ -73,12 +75,30 @@ def from_worker(address: str) -> list[StageModel]:
 
     Raises CostsUnknown.
     """
-    path = urlsplit(address).path
-    url = address if path.strip("/") else address.rstrip("/") + "/state"
-    data = fetch(url, limit=4 * 1024 * 1024)
+    url = _state_of(address)
+    data = fetch(url, limit=_STATE_BYTES)
     if urlsplit(url).path.endswith("/metrics"):
         return _from_metrics(data.decode(errors="replace"), url)
     return _from_json(data, url)
+
+
+def layers_of_worker(address: str) -> list[float]:
+    """Return the layers of each stage, asked for as by `from_worker`; none if it does not say.
+
+    Raises CostsUnknown.
+    """
+    url = _state_of(address)
+    if urlsplit(url).path.endswith("/metrics"):
+        return []
+    data = fetch(url, limit=_STATE_BYTES)
+    try:
+        return msgspec.json.decode(data, type=_State).layers_per_stage
+    except msgspec.MsgspecError as error:
+        raise CostsUnknown(f"{url} does not describe a prefill group: {error}") from error
+
+
+def _state_of(address: str) -> str:
+    return address if urlsplit(address).path.strip("/") else address.rstrip("/") + "/state"
 
 
 def fetch(url: str, *, limit: int) -> bytes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from penstock_runtime.scheduler.chunk_planner import split_measured
-from penstock_runtime.scheduler.cost_model import Chunk
+from penstock_runtime.scheduler.cost_model import Chunk, Cost
+from penstock_runtime.scheduler.layer_split import half_costs, split_layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,28 +118,32 @@ def explanation_json(question: Question, answer: Explanation) -> dict[str, objec
     }
 
 
-def layer_advice(question: Question, layers: int) -> str:
-    """Return how to divide the layers by what the stages cost, if another way is better.
+def layer_advice(question: Question, counts: Sequence[float], attention_share: float) -> str:
+    """Return how to divide the layers by what the stages cost.
 
-    They are taken to be divided evenly now, and those of one stage to cost the same.
+    Args:
+        question: the prompt, and what stages with these layers cost.
+        counts: layers of each stage now.
+        attention_share: as for `half_costs`.
+
+    Raises:
+        ValueError: if the counts are not those of so many stages.
     """
-    stages = len(question.costs)
     probe = [Chunk(question.prompt_tokens // 2, question.chunks.max_tokens)]
-    seconds = [cost.step(probe) - cost.c for cost in question.costs]
-    base, more = divmod(layers, stages)
-    # As `split_layers` does for equal layers: the longer ranges come last.
-    counts = [base + (stage >= stages - more) for stage in range(stages)]
-    found = split_measured(counts, seconds)
+    linear = [Cost(0.0, 0.0, cost.b, 0.0).step(probe) for cost in question.costs]
+    attention = [Cost(0.0, cost.gamma, 0.0, cost.a).step(probe) for cost in question.costs]
+    costs = half_costs(counts, linear, attention, attention_share)
+    found = [last - first for first, last in split_layers(costs, len(counts))]
+    listed = ", ".join(f"{count:g}" for count in found)
     return (
-        f"\nlayers              {_counts(found)} of {layers} would be even by what the stages "
-        f"cost; divided by count they are {'/'.join(str(n) for n in counts)}\n"
-        f"{'':20}in the manifest: prefill.layersPerStage: "
-        f"{[last - first for first, last in found]}"
+        f"\nlayers              {_counts(found)} of {sum(counts):g} would be even by what the "
+        f"stages cost; now they are {_counts(counts)}\n"
+        f"{'':20}in the manifest: prefill.layersPerStage: [{listed}]"
     )
 
 
-def _counts(ranges: Sequence[tuple[int, int]]) -> str:
-    return "/".join(str(last - first) for first, last in ranges)
+def _counts(counts: Sequence[float]) -> str:
+    return "/".join(f"{count:g}" for count in counts)
 
 
 # --- plan-capacity -------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ from penstock_runtime.engine.ring import ActivationRing
 from penstock_runtime.engine.runner import DecodeRunner, StageRunner
 from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.memory import out_of_memory
+from penstock_runtime.model.arithmetic import half_layer_flops
 from penstock_runtime.model.config import DTYPES, ModelConfig
 from penstock_runtime.model.shard import Shard
 from penstock_runtime.model.transformer import Transformer
 from penstock_runtime.model.weights import model_digest
 from penstock_runtime.scheduler.admission import RemoteSettings
-from penstock_runtime.scheduler.chunk_planner import ChunkPlanner, ChunkSettings, split_layers
+from penstock_runtime.scheduler.chunk_planner import ChunkPlanner, ChunkSettings
 from penstock_runtime.scheduler.decode import DecodeSettings
+from penstock_runtime.scheduler.layer_split import split_layers
 from penstock_runtime.worker.decode import DecodeWorker
 from penstock_runtime.worker.prefill import PrefillWorker
 from penstock_runtime.worker.prepare import capture_graphs, warm_up
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
     from penstock_runtime.engine.compute import Compute
     from penstock_runtime.engine.cuda_graphs import DecodeGraphs
+    from penstock_runtime.kvcache.base import LayerRange
     from penstock_runtime.kvcache.tensors import PoolTensor
     from penstock_runtime.transfer.base import Transfer
     from penstock_runtime.worker.http import Health
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
 RING_SLOTS = 4
 """Hand-overs between two stages that may be under way: one is computed, one travels, and two more
 take up what differs between the stages' times."""
+_DIVIDED_FOR_TOKENS = 16384
+"""The prompt for which all stages have the same arithmetic. Pipelines are for long ones, and
+attention's part of a layer grows with them."""
 _LOADED_ON_CUDA = 0.9
 """How much of the start is done when the weights are there, if graphs are still to be captured."""
 
@@ -170,7 +176,7 @@ class Builder:
         self,
         path: Path,
         config: ModelConfig,
-        layers: tuple[int, int],
+        layers: LayerRange,
         dtype: torch.dtype,
         ranks: RankGroup,
     ) -> Transformer:
@@ -192,7 +198,7 @@ class Builder:
                 progress=self._progress("loading weights", 0.5, loaded),
             )
 
-    def _layers(self, config: ModelConfig) -> tuple[int, int]:
+    def _layers(self, config: ModelConfig) -> LayerRange:
         settings = self._settings
         if settings.role == "decode":
             return 0, config.layers
@@ -203,10 +209,11 @@ class Builder:
             )
         given = settings.layers_per_stage
         if not given:
-            return split_layers(config.layers, settings.stages, 1.0)[settings.stage]
+            costs = half_layer_flops(config, min(_DIVIDED_FOR_TOKENS, config.max_context))
+            return split_layers(costs, settings.stages)[settings.stage]
         if sum(given) != config.layers:
             raise ConfigurationError(
-                f"--layers-per-stage has {sum(given)} layers in all, this model {config.layers}"
+                f"--layers-per-stage has {sum(given):g} layers in all, this model {config.layers}"
             )
         first = sum(given[: settings.stage])
         return first, first + given[settings.stage]

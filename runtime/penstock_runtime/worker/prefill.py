@@ -147,6 +147,7 @@ class PrefillWorker:
         self._chain = Chain(
             self._clients,
             self._member,
+            layers=hello.layers,
             pages=hello.pages,
             on_formed=leader.formed,
             on_broken=self._on_broken,
@@ -332,6 +333,7 @@ class PrefillWorker:
                 "costs": [
                     msgspec.structs.asdict(cost) for cost in self.leader.scheduler.stage_costs()
                 ],
+                "layers_per_stage": self._chain.layers_per_stage,
                 "pages": {name: getattr(counts, name) for name in counts.__slots__},
             }
         return described

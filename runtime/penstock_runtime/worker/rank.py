@@ -24,6 +24,7 @@ import torch
 from penstock_runtime.engine.rank_step import RankStep
 from penstock_runtime.engine.runner import FollowingRunner
 from penstock_runtime.kernels.selection import KernelChoice  # noqa: TC001 - msgspec reads it
+from penstock_runtime.kvcache.base import LayerRange  # noqa: TC001 - msgspec reads it
 from penstock_runtime.kvcache.shared_memory import SharedHandle, open_shared
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.collective import Ranks
@@ -52,7 +53,7 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds to wait for other ranks."""
     threads: int
     model: str
-    layers: tuple[int, int]
+    layers: LayerRange
     embed: bool
     head: bool
     dtype: str

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from penstock_runtime.engine.compute import Compute
-    from penstock_runtime.kvcache.base import KVLayout
+    from penstock_runtime.kvcache.base import KVLayout, LayerRange
     from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.config import ModelConfig
     from penstock_runtime.model.transformer import Transformer
@@ -69,7 +69,7 @@ class RankGroup:
         settings: WorkerSettings,
         config: ModelConfig,
         *,
-        layers: tuple[int, int],
+        layers: LayerRange,
         dtype: torch.dtype,
         layout: KVLayout,
         places: Sequence[Place] = (),

@@ -67,7 +67,7 @@ class WorkerSettings:
     group: str
     stage: int
     stages: int
-    layers_per_stage: tuple[int, ...]
+    layers_per_stage: tuple[float, ...]
     peers: str
     chunk_mode: Literal["adaptive", "fixed"]
     max_chunk_tokens: int
@@ -168,9 +168,10 @@ def parser() -> argparse.ArgumentParser:
     a("--stages", type=_positive, default=1, help="stages in the group")
     a(
         "--layers-per-stage",
-        type=_counts,
+        type=_layer_counts,
         default=(),
-        help="layers of each stage, for example 9,9,8 (default: as even as possible)",
+        help="layers of each stage, for example 9,9,8; 8.5,7.5 cuts a layer behind its attention "
+        "(default: the same arithmetic for all)",
     )
     a("--peers", default="", help="control address of stage {i} of the group")
     a(
@@ -258,8 +259,12 @@ def _kv_memory(text: str) -> KvMemory:
     return KvMemory(share=value / 100)
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+def _layer_counts(text: str) -> tuple[float, ...]:
+    if not re.fullmatch(r"[1-9]\d*(\.[05])?(,[1-9]\d*(\.[05])?)*", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of layers, in halves and at least one a stage: 8.5,7.5"
+        )
+    return tuple(map(float, text.split(",")))
 
 
 def _positive(text: str) -> int:

@@ -87,6 +87,8 @@ async def test_prefix_hits_on_both_sides(
         Shape(stages=3, page_size=32, chunk=96, chunk_mode="fixed"),
         Shape(stages=4, page_size=4, chunk=40, pages=600),
         Shape(stages=2, layers="3,1", pages=512),
+        Shape(stages=2, layers="2.5,1.5", page_size=8, chunk=48, pages=512),
+        Shape(stages=3, layers="1.5,1,1.5", page_size=8, chunk=24),
         Shape(stages=2, page_size=16, chunk=64, pages=40, decodes=1),
     ],
     ids=lambda s: f"stages{s.stages}-page{s.page_size}-chunk{s.chunk}-pages{s.pages}",

@@ -62,6 +62,10 @@ def test_a_model_is_enough() -> None:
             "line 6: spec.decode.replicas: input should be greater than or equal to 1, not 0",
         ),
         (
+            "  prefill: {pipelineParallel: 2, layersPerStage: [8.5, 7.3]}\n",
+            "line 6: spec.prefill.layersPerStage[1]: input should be a multiple of 0.5, not 7.3",
+        ),
+        (
             "  decode: {replicas: 1, autoscaling: {maxReplicas: 2}}\n",
             "line 6: spec.decode: replicas and autoscaling exclude each other: keep one",
         ),
@@ -221,6 +225,11 @@ def test_a_role_that_may_sleep_begins_awake() -> None:
             {"prefill": {"pipelineParallel": 2, "layersPerStage": [3, 4]}},
             {"num_hidden_layers": 8},
             "7 layers in all, the model has 8",
+        ),
+        (
+            {"prefill": {"pipelineParallel": 2, "layersPerStage": [4.5, 4]}},
+            {"num_hidden_layers": 8},
+            "8.5 layers in all, the model has 8",
         ),
         (
             {"decode": {"tensorParallel": 3}},

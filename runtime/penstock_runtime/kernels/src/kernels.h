@@ -107,13 +107,14 @@ struct Matrix {
   int64_t outputs, inputs;
 };
 
-// All layers of a call have matrices of the same sizes.
+// All layers of a call have matrices of the same sizes. Of the first one attention may be missing, of
+// the last one what follows it: another stage has that.
 struct DecoderLayer {
-  const float* attention_norm;  // (hidden,)
+  const float* attention_norm;  // (hidden,); null: no attention
   Matrix qkv;
   const float* head_norm;  // (heads + kv_heads, key_dim), or null
   Matrix output;
-  const float* mlp_norm;  // (hidden,)
+  const float* mlp_norm;  // (hidden,); null: no feed-forward
   Matrix gate_up, down;
   KvLayer kv;
 };
@@ -132,7 +133,7 @@ struct LastRows {
 struct Step {
   float* x;  // (rows, hidden), contiguous; changed
   int64_t rows, hidden;
-  int64_t element;  // of activations behind each layer, as KvLayer.element
+  int64_t element;  // of hidden states behind each half of a layer, as KvLayer.element
   float epsilon;    // of the norms over hidden
   AttentionInputs inputs;  // without qkv, norm and kv
   Attention attention;     // without q, q_stride, out and kv

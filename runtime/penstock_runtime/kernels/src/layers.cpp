@@ -33,14 +33,8 @@ class Forward {
 
   int run(const DecoderLayer& layer) const {
     const Rows all{step_.x, step_.rows};
-    if (multiply(layer.qkv, normed(all, layer.attention_norm), all, between_.qkv, false)) return 1;
-    AttentionInputs inputs = step_.inputs;
-    inputs.qkv = between_.qkv;
-    inputs.norm = layer.head_norm;
-    inputs.kv = layer.kv;
-    penstock_attention_inputs(&inputs);
-    if (attend(layer, step_.attention, layer.qkv.outputs)) return 1;
-    return contribute(layer, all);
+    if (layer.attention_norm != nullptr && run_attention(layer, all)) return 1;
+    return layer.mlp_norm != nullptr && feed_forward(layer, all);
   }
 
   // Keys and values of all rows, everything else of those that are wanted.
@@ -68,11 +62,20 @@ class Forward {
     inputs.rotations = last.rotations;
     inputs.kv.kv_heads = 0;  // theirs are written
     penstock_attention_inputs(&inputs);
-    if (attend(layer, last.attention, width)) return 1;
-    return contribute(layer, wanted);
+    return attend(layer, last.attention, width, wanted) || feed_forward(layer, wanted);
   }
 
  private:
+  int run_attention(const DecoderLayer& layer, const Rows& all) const {
+    if (multiply(layer.qkv, normed(all, layer.attention_norm), all, between_.qkv, false)) return 1;
+    AttentionInputs inputs = step_.inputs;
+    inputs.qkv = between_.qkv;
+    inputs.norm = layer.head_norm;
+    inputs.kv = layer.kv;
+    penstock_attention_inputs(&inputs);
+    return attend(layer, step_.attention, layer.qkv.outputs, all);
+  }
+
   Source normed(const Rows& rows, const float* weight) const {
     return {rows.x, step_.hidden, Made::normed, weight, step_.epsilon};
   }
@@ -84,19 +87,20 @@ class Forward {
                   source);
   }
 
-  // Queries lie in rows of `width`.
-  int attend(const DecoderLayer& layer, Attention call, long width) const {
+  // Adds attention to x; queries lie in rows of `width`.
+  int attend(const DecoderLayer& layer, Attention call, long width, const Rows& rows) const {
     call.q = between_.qkv;
     call.q_stride = width;
     call.out = between_.attended;
     call.kv = layer.kv;
-    return penstock_attention(&call);
-  }
-
-  // Adds what follows attention to x.
-  int contribute(const DecoderLayer& layer, const Rows& rows) const {
+    if (penstock_attention(&call)) return 1;
     const Source attended{between_.attended, layer.output.inputs, Made::as_is, nullptr, 0};
     if (multiply(layer.output, attended, rows, rows.x, true)) return 1;
+    round(rows);
+    return 0;
+  }
+
+  int feed_forward(const DecoderLayer& layer, const Rows& rows) const {
     if (multiply(layer.gate_up, normed(rows, layer.mlp_norm), rows, between_.gate_up, false)) return 1;
     const Source gated{between_.gate_up, layer.gate_up.outputs, Made::gated, nullptr, 0};
     if (multiply(layer.down, gated, rows, rows.x, true)) return 1;
@@ -104,7 +108,7 @@ class Forward {
     return 0;
   }
 
-  // Activations between layers have the model's precision, so that stages may be cut anywhere.
+  // Hidden states have the model's precision behind each half, so that stages may be cut anywhere.
   void round(const Rows& rows) const {
     if (step_.element == 1) round_to<bf16>(rows.x, rows.count * step_.hidden);
     if (step_.element == 2) round_to<f16>(rows.x, rows.count * step_.hidden);
@@ -133,9 +137,11 @@ int penstock_layers(const DecoderLayer* layers, int64_t count, const Step* step)
   if (step->rows == 0 || count == 0) return 0;
   static thread_local Scratch qkv, attended, gate_up;
   const size_t rows = static_cast<size_t>(step->rows);
-  const Between between{qkv.take<float>(rows * layers->qkv.outputs),
-                        attended.take<float>(rows * layers->output.inputs),
-                        gate_up.take<float>(rows * layers->gate_up.outputs)};
+  // The last layer has an attention, and the first one a feed-forward if any has.
+  const DecoderLayer &front = layers[0], &back = layers[count - 1];
+  const Between between{qkv.take<float>(rows * back.qkv.outputs),
+                        attended.take<float>(rows * back.output.inputs),
+                        gate_up.take<float>(std::max<size_t>(1, rows * front.gate_up.outputs))};
   if (!between.qkv || !between.attended || !between.gate_up) return 1;
   const Forward forward(*step, between);
   const int64_t whole = step->last == nullptr ? count : count - 1;

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
+
+import msgspec
 
 from penstock_runtime.engine.chain import Chain, ChainSettings, Member
 from penstock_wire.messages import Form, Formed, Hello, Message, Prepare, Prepared, RingAddress
@@ -21,7 +24,14 @@ class Stage:
 
     def __init__(self, stage: int) -> None:
         self.stage = stage
-        self.hello = Hello(role="prefill", name=f"p-{stage}", boot_id="b", stage=stage, pages=8)
+        self.hello = Hello(
+            role="prefill",
+            name=f"p-{stage}",
+            boot_id="b",
+            stage=stage,
+            layers=(2.5, 4),
+            pages=8,
+        )
         self.up = True
         self.silent = False
         self.asked = asyncio.Event()
@@ -50,6 +60,7 @@ class Group:
         self.chain = Chain(
             [cast("ControlClient", self.other)],
             cast("Member", Stage(0)),
+            layers=(0, 2.5),
             pages=8,
             on_formed=lambda epoch, _pages, _replaced: self.formed.put_nowait(epoch),
             on_broken=lambda _: None,
@@ -91,3 +102,35 @@ async def test_a_loss_before_an_epoch_forms_does_not_end_it() -> None:
         assert not g.chain.formed
         g.chain.link_changed(1, LinkState.READY, g.other.hello)
         assert await g.formed.get() == 2
+
+
+class Refusal(logging.Handler):
+    """Hears why an epoch was not formed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: asyncio.Queue[str] = asyncio.Queue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "was not formed" in record.msg:
+            self.heard.put_nowait(record.getMessage())
+
+
+async def test_stages_whose_layers_do_not_join_form_no_epoch() -> None:
+    refusal, log = Refusal(), logging.getLogger("penstock_runtime.engine.chain")
+    log.addHandler(refusal)
+    try:
+        async with group() as g, asyncio.timeout(5):
+            assert await g.formed.get() == 1
+            assert g.chain.layers_per_stage == [2.5, 1.5]
+            fitting = g.other.hello
+            g.other.hello = msgspec.structs.replace(fitting, layers=(2, 4))
+            g.chain.broken("stage 1 was replaced")
+            text = await refusal.heard.get()
+            assert "stage 1 begins at layer 2, and the stage before it ends at 2.5" in text
+            assert "--layers-per-stage" in text
+            assert not g.chain.formed
+            g.other.hello = fitting
+            assert await g.formed.get() > 1
+    finally:
+        log.removeHandler(refusal)

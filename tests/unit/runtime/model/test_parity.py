@@ -48,8 +48,8 @@ def references(tmp_path_factory: pytest.TempPathFactory):
     return cache(lambda name: reference(CONFIGS[name], root / name))
 
 
-def stages(path: Path, cuts: list[int], **options) -> list[Transformer]:
-    """Load a model as pipeline stages with borders at the layers `cuts`."""
+def stages(path: Path, cuts: Sequence[float], **options) -> list[Transformer]:
+    """Load a model as pipeline stages with borders at the layers `cuts`, or within some."""
     config = ModelConfig.from_directory(path)
     borders = [0, *cuts, config.layers]
     return [
@@ -81,6 +81,7 @@ class Sequences:
         self.done = [0] * count
         borders = [0]
         for model in models:
+            # Whole layers, as many as have their attention here: so many are in its pages.
             borders.append(borders[-1] + model.num_layers)
         self.pools = [
             PoolTensor(
@@ -173,7 +174,7 @@ def test_every_architecture_equals_transformers(name, kernels, references):
     name=st.sampled_from(["llama", "llama-mha", "mistral", "qwen2-yarn", "qwen3"]),
     page_size=st.sampled_from([1, 2, 3, 8, 16, 32, 128]),
     chunks=st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=4),
-    cut=st.integers(1, 3),
+    cuts=st.lists(st.sampled_from([1, 1.5, 2, 2.5, 3]), max_size=3).map(sorted),
     attention=st.one_of(
         st.none(), st.builds(PagedCpuAttention, st.sampled_from([1, 16, 40, 4096]))
     ),
@@ -181,11 +182,12 @@ def test_every_architecture_equals_transformers(name, kernels, references):
 )
 @settings(max_examples=20, deadline=None)
 def test_chunks_pages_and_stages_do_not_matter(
-    references, name, page_size, chunks, cut, attention, kernels
+    references, name, page_size, chunks, cuts, attention, kernels
 ):
     """The kernels' operators and attention backends work with each other's."""
+    cuts = [cut for i, cut in enumerate(cuts) if i == 0 or cut - cuts[i - 1] >= 1]
     known: Reference = references(name)
-    models = stages(known.path, [cut], attention=attention, kernels=kernels)
+    models = stages(known.path, cuts, attention=attention, kernels=kernels)
     sequences = Sequences(models, page_size, count=1)
     tokens, logits = known.tokens[1, :64], known.logits[1, :64]
     assert_equal(prefill(sequences, tokens, chunks), logits)
@@ -229,7 +231,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other(
     name=st.sampled_from(["llama", "qwen2", "qwen3-yarn"]),
     page_size=st.sampled_from([2, 8, 32]),
     steps=batches,
-    cuts=st.sampled_from([[], [2]]),
+    cuts=st.sampled_from([[], [2], [2.5]]),
     attention=st.one_of(
         st.none(),
         st.builds(PagedCpuAttention, st.sampled_from([1, 64, 4096])),
@@ -295,6 +297,20 @@ def _kernels(narrow: bool) -> Kernels:
     kernels = Kernels()
     kernels.multiplies_bfloat16 = narrow
     return kernels
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_where_a_model_is_cut_changes_no_bit(dtype, kernels, references):
+    known: Reference = references("qwen3")
+    found = []
+    divisions: list[list[float]] = [[], [2], [1.5], [1, 2.5], [1.5, 3]]
+    for cuts in divisions:
+        models = stages(known.path, cuts, dtype=dtype, kernels=kernels)
+        sequences = Sequences(models, page_size=8, count=1)
+        found.append(prefill(sequences, known.tokens[0], [19, 1, 24]))
+    for logits in found[1:]:
+        assert torch.equal(logits, found[0])
 
 
 def test_a_sharded_checkpoint_gives_the_same_logits(references, tmp_path):

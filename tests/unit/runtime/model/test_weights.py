@@ -64,6 +64,24 @@ def test_a_stage_reads_only_its_own_tensors(directory):
     assert [done for done, _ in reports] == sorted({done for done, _ in reports})
 
 
+def test_a_border_within_a_layer_divides_its_tensors(directory):
+    tensors = load_file(directory / "model.safetensors")
+    layer = [name for name in tensors if name.startswith("model.layers.2.")]
+    second = [name for name in layer if ".mlp." in name or "post_attention_layernorm" in name]
+    assert 0 < len(second) < len(layer)
+
+    def read(layers):
+        reports = []
+        stage = load(
+            directory, layers, embed=False, head=False, progress=lambda *done: reports.append(done)
+        )
+        return stage.num_layers, len(reports)
+
+    assert read((2, 3)) == (1, len(layer))
+    assert read((2, 2.5)) == (1, len(layer) - len(second))
+    assert read((2.5, 4)) == (1, len(second) + len(layer))
+
+
 def test_missing_tensors_are_named_before_anything_is_read(directory):
     rewrite(directory, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     reports = []
@@ -100,10 +118,15 @@ def test_weights_are_our_own_copy(directory):
     assert torch.equal(model.embed(tokens), before)
 
 
-@pytest.mark.parametrize("layers", [(0, 5), (2, 2), (-1, 2), (3, 1)])
+@pytest.mark.parametrize("layers", [(0, 5), (2, 2), (-1, 2), (3, 1), (2.5, 3)])
 def test_layers_outside_the_model(saved, layers):
     with pytest.raises(ValueError, match="of a model with 4"):
         load(saved, layers)
+
+
+def test_a_border_is_at_a_layer_or_at_its_half(saved):
+    with pytest.raises(ValueError, match=r"layers \[0, 2.25\): a border is at"):
+        load(saved, (0, 2.25))
 
 
 def cut_off(path):

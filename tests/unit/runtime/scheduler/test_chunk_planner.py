@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +11,6 @@ from hypothesis import strategies as st
 from penstock_runtime.scheduler.chunk_planner import (
     ChunkPlanner,
     ChunkSettings,
-    split_layers,
-    split_measured,
 )
 from penstock_runtime.scheduler.cost_model import Cost
 
@@ -182,62 +179,3 @@ def test_nothing_to_compute_is_no_chunk() -> None:
 def test_impossible_settings_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"step|settings"):
         planner(2, 64, **options)
-
-
-# --- layers --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layers", "stages", "sizes"),
-    [(28, 4, [7, 7, 7, 7]), (9, 4, [2, 2, 2, 3]), (5, 5, [1] * 5), (3, 1, [3])],
-)
-def test_equal_layers_are_split_evenly(layers: int, stages: int, sizes: list[int]) -> None:
-    ranges = split_layers(layers, stages, 1.0)
-    assert sorted(b - a for a, b in ranges) == sizes
-    assert [a for a, _ in ranges[1:]] == [b for _, b in ranges[:-1]]
-    assert (ranges[0][0], ranges[-1][1]) == (0, layers)
-
-
-def test_the_last_stage_takes_the_layer_that_is_left_over() -> None:
-    """Of its last layer only keys and values are computed, so it costs next to nothing."""
-    assert split_layers(61, 4, 1.0) == [(0, 15), (15, 30), (30, 45), (45, 61)]
-
-
-def test_embedding_counts_as_the_first_stage_s() -> None:
-    assert split_layers(12, 3, 1.0, embed_cost=3.0) == [(0, 2), (2, 7), (7, 12)]
-
-
-@given(
-    costs=st.lists(st.integers(1, 20), min_size=1, max_size=9),
-    stages=st.integers(1, 9),
-    embed=st.integers(0, 20),
-)
-def test_slowest_stage_is_as_fast_as_possible(costs: list[int], stages: int, embed: int) -> None:
-    stages = min(stages, len(costs))
-
-    def slowest(bounds: tuple[int, ...]) -> int:
-        edges = (0, *bounds, len(costs))
-        loads = [sum(costs[a:b]) for a, b in pairwise(edges)]
-        loads[0] += embed
-        return max(loads)
-
-    best = min(slowest(cuts) for cuts in combinations(range(1, len(costs)), stages - 1))
-    ranges = split_layers(len(costs), stages, [float(c) for c in costs], float(embed))
-    assert slowest(tuple(a for a, _ in ranges[1:])) == best
-
-
-def test_impossible_splits_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 layers cannot be divided among 4"):
-        split_layers(3, 4, 1.0)
-    with pytest.raises(ValueError, match="as many costs"):
-        split_layers(3, 2, [1.0, 2.0])
-
-
-def test_layers_are_divided_anew_by_what_stages_measured() -> None:
-    # Layers of the second half take twice as long: 8 and 2 of them, as long as the other 6.
-    assert split_measured([8, 8], [8.0, 16.0]) == [(0, 10), (10, 16)]
-    # Embedding is a third of the first stage's time, and stays there.
-    assert split_measured([4, 4], [6.0, 4.0], embed_cost=2.0) == [(0, 3), (3, 8)]
-    assert split_measured([3, 3], [1.0, 1.0]) == [(0, 3), (3, 6)]
-    with pytest.raises(ValueError, match="do not describe"):
-        split_measured([3, 3], [1.0])

@@ -40,10 +40,14 @@ def test_explain_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     files = [tmp_path / name for name in ("plan.svg", "plan.json", "trace.json")]
     arguments = ["explain-chunks", "--prompt-tokens", "20000", "--cost", COST, "--stages", "4"]
     arguments += ["--svg", str(files[0]), "--json", str(files[1]), "--trace", str(files[2])]
-    assert main([*arguments, "--layers", "30", "--bandwidth", "1e9", "--latency", "1e-4"]) == 0
+    assert (
+        main([*arguments, "--layers", "8,7.5,7,7.5", "--bandwidth", "1e9", "--latency", "1e-4"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "closed-form optimum" in text
-    assert "7/7/8/8 of 30" in text
+    # Whoever has less takes as long: so the layers of the second cost more than those of the first.
+    assert "of 30 would be even by what the stages cost; now they are 8/7.5/7/7.5" in text
     assert "(simulated)" in files[0].read_text(encoding="utf-8")
     plan = json.loads(files[1].read_bytes())
     trace = decode_trace(files[2].read_bytes())

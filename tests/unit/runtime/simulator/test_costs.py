@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STATE = {
     "role": "prefill",
+    "layers_per_stage": [8.5, 7.5],
     "costs": [
         {"c": 0.01, "gamma": 1e-8, "b": 1e-5, "a": 1e-10, "error": 0.02},
         {"c": 0.02, "gamma": 0.0, "b": 2e-5, "a": 2e-10, "error": 0.02},
@@ -112,6 +113,14 @@ def worker() -> Iterator[str]:
 @pytest.mark.parametrize("path", ["", "/", "/state", "/metrics"])
 def test_what_a_group_measured(worker: str, path: str) -> None:
     assert costs.from_worker(worker + path) == MODELS
+
+
+def test_the_layers_of_a_group(worker: str) -> None:
+    assert costs.layers_of_worker(worker) == [8.5, 7.5]
+    assert costs.layers_of_worker(worker + "/state") == [8.5, 7.5]
+    assert costs.layers_of_worker(worker + "/metrics") == []
+    with pytest.raises(CostsUnknown, match="does not describe a prefill group"):
+        costs.layers_of_worker(worker + "/idle/state")
 
 
 @pytest.mark.parametrize(

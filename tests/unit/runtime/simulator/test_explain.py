@@ -98,10 +98,17 @@ def test_long_plans_are_shown_by_their_ends() -> None:
 
 def test_layers_are_divided_by_what_stages_cost() -> None:
     twice = Cost(c=0.01, gamma=0.0, b=2 * DESIGN.b, a=2 * DESIGN.a)
-    # Stage 1 has layers of twice the cost: 6 of them take what 12 do elsewhere.
-    advice = layer_advice(question(costs=(DESIGN, twice)), 24)
-    assert "15/9 of 24" in advice or "16/8 of 24" in advice
-    assert "prefill.layersPerStage: [1" in advice
+    # Stage 1 takes twice as long for its layers, so it is to have fewer. Of the model's last layer
+    # nothing is counted: the 12 of stage 0 take what 5.5 of the other 11 do.
+    advice = layer_advice(question(costs=(DESIGN, twice)), [12, 12], 0.25)
+    assert "layers              14.5/9.5 of 24 would be even" in advice
+    assert "now they are 12/12" in advice
+    assert "prefill.layersPerStage: [14.5, 9.5]" in advice
+
+
+def test_layers_of_other_stages_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 times do not describe stages of"):
+        layer_advice(question(costs=(DESIGN, DESIGN)), [8, 8, 8], 0.25)
 
 
 def test_impossible_questions_are_refused() -> None:
