@@ -2,6 +2,7 @@
 
     registry.py      what each Hugging Face architecture consists of
     config.py        `ModelConfig`, read from a checkpoint's config.json (fields.py: typed reads)
+    arithmetic.py    how many operations a prompt takes of each half of a layer
     rope.py          rotary position frequencies
     weights.py       `Checkpoint`: safetensors files, memory-mapped; `model_digest`
     operators.py     what layers are made of: torch's operators, or the C++ kernels'
