@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timed(Generic[T]):
+    """What a function returned, and when the thread began and ended it, by `time.perf_counter`."""
+
+    result: T
+    begin: float
+    end: float
 
 
 class Compute:
@@ -51,22 +61,27 @@ class Compute:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return function(*args), computed on the thread, its kernels included.
 
-        If the caller is cancelled the function still runs to its end; `settle` waits for it.
+        If the caller is cancelled, a function that has begun still runs to its end; `settle` waits
+        for it.
         """
+        return (await self.timed(function, *args, **kwargs)).result
+
+    async def timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Timed[T]:
+        """Return function(*args) as `run` does, and when it was computed."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._executor, lambda: self._timed(function, *args, **kwargs)
         )
 
-    def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        started = time.perf_counter()
+    def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Timed[T]:
+        begin = time.perf_counter()
         try:
             with torch.inference_mode():
                 result = function(*args, **kwargs)
                 self.streams.wait()
-                return result
+            return Timed(result, begin, time.perf_counter())
         finally:
-            self.busy_seconds += time.perf_counter() - started
+            self.busy_seconds += time.perf_counter() - begin
 
     async def settle(self) -> None:
         """Return when everything submitted so far has ended."""

@@ -4,6 +4,9 @@ For each step it takes in the activations of the stage before (stage 0 embeds to
 its layers over every chunk of the plan, hands the result on, and writes the chunk's KV into the
 decode worker's pages. Sends and receives run beside the compute of neighbouring steps; only pages
 that are still being loaded, and a ring without a free slot, make it wait.
+
+One step is ready while another one computes: its inputs are there and it is with the compute
+thread, which goes from one to the other without the event loop.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from penstock_wire.tasks import Tasks, start
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from penstock_runtime.engine.compute import Compute
+    from penstock_runtime.engine.compute import Compute, Timed
     from penstock_runtime.engine.ring import ActivationRing
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,22 @@ class _Request:
     """Must have ended before the first chunk is computed."""
     in_flight: set[asyncio.Task[None]] = field(default_factory=set)
     """Reads and writes on its pages: they must end before the pages are reused."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Begun:
+    """A plan that is being carried out."""
+
+    plan: StepPlan
+    planned: float
+    """When the stage turned to it."""
+    computing: asyncio.Task[Timed[torch.Tensor]] | None
+    """None if it computes nothing."""
+
+
+_AHEAD = 2
+"""Steps with the compute thread: one that runs and one that is ready. Each takes memory for its
+inputs."""
 
 
 @dataclass(slots=True)
@@ -134,7 +153,8 @@ class PrefillStage:
         self._plans: asyncio.Queue[StepPlan] = asyncio.Queue()
         self._requests: dict[int, _Request] = {}
         self._tasks = Tasks()
-        self._loop: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
+        self._computing: set[asyncio.Task[Timed[torch.Tensor]]] = set()
         self.stats = StageStats()
         self.timeline = StepRecorder(stage)
 
@@ -147,11 +167,16 @@ class PrefillStage:
         """Carry out the plans of `epoch` from now on. The epoch before has been ended."""
         self._epoch = epoch
         self._plans = asyncio.Queue()
-        self._loop = start(self._run(self._plans), f"stage epoch {epoch}")
+        begun: asyncio.Queue[_Begun] = asyncio.Queue()
+        room = asyncio.Semaphore(_AHEAD)
+        self._loops = [
+            start(self._begin_all(self._plans, begun, room), f"steps of stage epoch {epoch}"),
+            start(self._finish_all(begun, room), f"results of stage epoch {epoch}"),
+        ]
 
     def submit(self, plan: StepPlan) -> None:
         """Queue a plan; one of another epoch is dropped."""
-        if plan.epoch == self._epoch and self._loop is not None:
+        if plan.epoch == self._epoch and self._loops:
             self._plans.put_nowait(plan)
 
     async def end(self) -> None:
@@ -160,24 +185,47 @@ class PrefillStage:
         The ring was closed by the caller, or is by this. Pages keep their contents.
         """
         await self._ring.close()
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
-            self._loop = None
+        ending = [*self._loops, *self._computing]
+        for task in ending:
+            # A step that waits for its turn on the compute thread is given up.
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        self._loops = []
         await self._compute.settle()
         await self._tasks.settle()
         self._requests.clear()
 
-    async def _run(self, plans: asyncio.Queue[StepPlan]) -> None:
+    async def _begin_all(
+        self,
+        plans: asyncio.Queue[StepPlan],
+        begun: asyncio.Queue[_Begun],
+        room: asyncio.Semaphore,
+    ) -> None:
+        """Give the plans' steps to the compute thread as soon as they can be computed."""
         with contextlib.suppress(PipelineBroken):
             while True:
                 plan = await plans.get()
+                planned = time.perf_counter()
                 for admit in plan.admit:
                     self._admit(admit)
+                computing = None
                 if plan.items:
-                    await self._step(plan)
-                if plan.release:
-                    self._release(plan.release)
+                    await room.acquire()
+                    computing = await self._compute_step(plan)
+                begun.put_nowait(_Begun(plan, planned, computing))
+
+    async def _finish_all(self, begun: asyncio.Queue[_Begun], room: asyncio.Semaphore) -> None:
+        """Do in order what follows from each plan's step, or from its releases."""
+        idle_since = 0.0
+        while True:
+            step = await begun.get()
+            if step.computing is not None:
+                computed = await step.computing
+                room.release()
+                self._computed(step.plan, max(step.planned, idle_since), computed)
+                idle_since = computed.end
+            if step.plan.release:
+                self._release(step.plan.release)
 
     def _admit(self, admit: Admit) -> None:
         request = _Request(admit)
@@ -224,11 +272,10 @@ class PrefillStage:
                 StageFault(epoch=self._epoch, stage=self._stage, key=key, message=message)
             )
 
-    async def _step(self, plan: StepPlan) -> None:
-        planned = time.perf_counter()
-        tokens = sum(item.length for item in plan.items)
+    async def _compute_step(self, plan: StepPlan) -> asyncio.Task[Timed[torch.Tensor]]:
+        """Return the step's computation when all that it reads is there."""
         if self._prompt_tokens is None:
-            inputs = await self._ring.receive(tokens)
+            inputs = await self._ring.receive(sum(item.length for item in plan.items))
         else:
             inputs = torch.cat([self._prompt_tokens(i.key, i.start, i.length) for i in plan.items])
         for item in plan.items:
@@ -239,27 +286,36 @@ class PrefillStage:
             Segment(start=i.start, length=i.length, pages=self._requests[i.key].admit.pages)
             for i in plan.items
         ]
-        started = time.perf_counter()
-        hidden = await self._compute.run(self._runner.run, inputs, segments)
-        ended = time.perf_counter()
+        computing = asyncio.create_task(self._compute.timed(self._runner.run, inputs, segments))
+        self._computing.add(computing)
+        computing.add_done_callback(self._computing.discard)
+        return computing
+
+    def _computed(self, plan: StepPlan, planned: float, step: Timed[torch.Tensor]) -> None:
+        """Hand a step's result on. `planned` is since when the stage had nothing else to do."""
         done = StepDone(
             epoch=self._epoch,
             step=plan.step,
             stage=self._stage,
-            compute_seconds=ended - started,
-            wait_seconds=started - planned,
+            compute_seconds=step.end - step.begin,
+            wait_seconds=step.begin - planned,
         )
         self.timeline.add(
-            plan.epoch, plan.step, self._spans(plan), planned=planned, begin=started, end=ended
+            plan.epoch,
+            plan.step,
+            self._spans(plan),
+            planned=planned,
+            begin=step.begin,
+            end=step.end,
         )
         if not self._last:
-            self._tasks.spawn(self._hand_on(self._ring.send(hidden)), "hand-over")
+            self._tasks.spawn(self._hand_on(self._ring.send(step.result)), "hand-over")
         for item in plan.items:
             request = self._requests[item.key]
             self._push(request, item.start, item.start + item.length)
             if item.last:
                 self._tasks.spawn(self._measure_exposed(request), "end of a prompt")
-        self.stats.count(tokens, done)
+        self.stats.count(sum(item.length for item in plan.items), done)
         self._to_leader(done)
 
     def _spans(self, plan: StepPlan) -> tuple[SpanChunk, ...]:
