@@ -24,9 +24,9 @@ compute thread for as long as the modelled hardware would, within a jitter.
               gain against the best of them. It is at most (1 + √r) / 2, for s = 1.
 
 One group serves all modes in turn; stage 0 is told how to cut the next prompt. So the planner also
-learns from the steps of fixed sizes. A group of its own for each mode would cost the cores more than
-that changes: idle stages poll their transfers too. Activations and KV are a few bytes a token: what
-is measured is scheduling, hand-overs and messages, not copies.
+learns from the steps of fixed sizes. A second group would disturb more than that does: idle stages
+poll their transfers too. Activations and KV are a few bytes a token: what is measured is
+scheduling, hand-overs and messages, not copies.
 """
 
 from __future__ import annotations
@@ -235,13 +235,13 @@ class Receiver:
 
     def prefill_complete(self, grant: int, reused: int) -> None:  # noqa: ARG002
         """All KV is here."""
-        assert self._complete is not None
-        self._complete.set_result(time.perf_counter())
+        if self._complete is not None and not self._complete.done():
+            self._complete.set_result(time.perf_counter())
 
     def prefill_cut(self, cut: Revocation, reason: str) -> None:
         """A prompt was cut short, which is no result."""
-        assert self._complete is not None
-        self._complete.set_exception(SystemExit(f"grant {cut.grant} was cut: {reason}"))
+        if self._complete is not None and not self._complete.done():
+            self._complete.set_exception(SystemExit(f"grant {cut.grant} was cut: {reason}"))
 
     def group_changed(self) -> None:
         """The group may have become ready."""
