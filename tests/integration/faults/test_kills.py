@@ -76,8 +76,8 @@ async def test_a_prompt_resumes_behind_what_all_stages_delivered(
     victim = f"prefill-0-{stage}"
     computed = (await cluster.worker("prefill-0-1"))["tokens"]
     cuts = len(cluster.cuts())
-    # The signal comes thousands of tokens late: it takes several prompts for it to find the middle of
-    # one that has some left, and what is left of a prompt must be worth a prefill group.
+    # The signal comes thousands of tokens late: it takes several prompts for it to find the middle
+    # of one, and what is left of a prompt must be worth a prefill group.
     prompts = [prompt(20 + 4 * stage + i, LONG) for i in range(4)]
     streams, outputs = begin(client, prompts, 24)
     await _until_computed(cluster, computed + 2000)
