@@ -190,7 +190,7 @@ def stage_worker(
 ) -> PrefillWorker:
     """Put a stage together as `worker.build` does, but for its layers."""
     who = stage_hello(task.stage, len(task.addresses), task.pages)
-    layout = kv_layout(*who.layers)
+    layout = kv_layout(task.stage, task.stage + 1)
     identity = StageIdentity(name=who.name, boot_id=who.boot_id, group=GROUP, stage=who.stage)
     slots = (RING_SLOTS, task.chunks.max_tokens, HIDDEN)
     return PrefillWorker(

@@ -42,6 +42,10 @@ class Release:
     def uninstall(self) -> None:
         """Remove it. The CRDs and the services stay, as the chart promises."""
         self.helm("uninstall", NAME, "--wait", f"--timeout={_INSTALL_SECONDS}s")
+        # Helm waits for the Deployment, not for its pods.
+        self.cluster.kubectl(
+            "wait", "--for=delete", "pods", *self._selected(), f"--timeout={_INSTALL_SECONDS}s"
+        )
 
     def helm(self, *arguments: str) -> str:
         """Run helm in the release's namespace. Raises ProgramFailedError."""

@@ -259,6 +259,7 @@ def test_columns_tell_what_a_person_asks_first(kubectl: Kubectl, namespace: str)
     counts = {"replicas": 2, "ready": 1, "updated": 1, "revision": "abcd", "summary": "1/2"}
     status = {
         "observedGeneration": 1,
+        "model": "hf://a/b",
         "conditions": [ready],
         "prefill": {**counts, "summary": "0/1"},
         "decode": counts,

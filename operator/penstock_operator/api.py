@@ -201,7 +201,7 @@ class Prefill(RoleSpec):
     shorten the time to first token of long prompts and let a larger model fit."""
     layers_per_stage: (
         Annotated[
-            list[Annotated[float, Field(ge=1, le=1024, multiple_of=0.5, strict=True)]],
+            list[Annotated[float, Field(ge=1, le=1024, strict=True)]],
             Field(min_length=1, max_length=64),
         ]
         | None

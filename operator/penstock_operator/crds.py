@@ -38,8 +38,8 @@ _KEPT = (
     "minLength",
     "minimum",
     "maximum",
-    "multipleOf",
 )
+_KEPT_OF_LISTS = ("minItems", "maxItems")
 _ATOMIC: Schema = {"x-kubernetes-list-type": "atomic"}
 _LISTS: dict[str, Schema] = {
     "conditions": {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
@@ -235,7 +235,8 @@ class _Structural:
         if "const" in plain:
             return {"type": "string", "enum": [plain["const"]]}
         if plain.get("type") == "array":
-            return {"type": "array", **_LISTS.get(path, _ATOMIC)} | {
+            limits = {key: plain[key] for key in _KEPT_OF_LISTS if key in plain}
+            return {"type": "array", **limits, **_LISTS.get(path, _ATOMIC)} | {
                 "items": self.value(path, plain["items"])
             }
         if plain.get("type") == "object" and plain.get("additionalProperties") is True:

@@ -241,6 +241,14 @@ RULES: dict[type[BaseModel], tuple[Rule, ...]] = {
             "layersPerStage has one number for each of the pipelineParallel stages",
             "layersPerStage",
         ),
+        # No `multipleOf` in the schema: the API server takes a fraction there for 0.
+        Rule(
+            lambda prefill: all(count * 2 % 1 == 0 for count in prefill.layers_per_stage or ()),
+            "!has(self.layersPerStage) || "
+            "self.layersPerStage.all(count, count * 2.0 == double(int(count * 2.0)))",
+            "layersPerStage counts layers and halves of layers, such as 8 or 8.5",
+            "layersPerStage",
+        ),
     ),
     api.Decode: (_GPU_EACH_RANK,),
     api.Router: (

@@ -62,10 +62,6 @@ def test_a_model_is_enough() -> None:
             "line 6: spec.decode.replicas: input should be greater than or equal to 1, not 0",
         ),
         (
-            "  prefill: {pipelineParallel: 2, layersPerStage: [8.5, 7.3]}\n",
-            "line 6: spec.prefill.layersPerStage[1]: input should be a multiple of 0.5, not 7.3",
-        ),
-        (
             "  decode: {replicas: 1, autoscaling: {maxReplicas: 2}}\n",
             "line 6: spec.decode: replicas and autoscaling exclude each other: keep one",
         ),
