@@ -1,10 +1,11 @@
 """The transfer interface over NIXL: one thread a process calls NIXL, the event loop calls it.
 
-    event loop  ── commands (queue) ──►  NIXL thread: run commands, poll every agent, nap
+    event loop  ── commands (queue) ──►  NIXL thread: run commands, poll every agent, wait
                 ◄── results, notifications (call_soon_threadsafe) ──
 
-NIXL's own progress thread stays off: it burns a core. Instead the thread naps between polls,
-briefly while something moves, longer while nothing does.
+NIXL's own progress thread stays off: it burns a core. Over TCP the thread waits for the agents'
+sockets (`sockets.py`); where they cannot be watched it naps between polls, briefly while something
+moves, longer while nothing does.
 
 What a caller must know beyond `transfer.base`:
 
@@ -17,6 +18,7 @@ What a caller must know beyond `transfer.base`:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -36,6 +38,7 @@ from penstock_runtime.transfer.base import (
 from penstock_runtime.transfer.metadata import check_pairs, devices_of
 from penstock_runtime.transfer.nixl_endpoint import Endpoint, NixlLibrary, Operation
 from penstock_runtime.transfer.nixl_settings import NixlSettings
+from penstock_runtime.transfer.sockets import Sockets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +63,11 @@ class NixlThread:
         self._endpoints: dict[Endpoint, Callable[[list[bytes]], None]] = {}
         self._waiting: set[asyncio.Future[Any]] = set()
         """Futures not yet set; touched by the event loop only."""
+        self._heard: Callable[[], None] | None = None
+        """A command that ended a nap; the thread's."""
+        self._sockets = Sockets()
+        self._woken = False
+        """Whether sockets ended the last wait."""
         self._failure: BaseException | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="nixl", daemon=True)
@@ -79,12 +87,13 @@ class NixlThread:
             else:
                 self.post(partial(_succeed, future, result))
 
-        self._commands.put(command)
+        self.submit(command)
         return await future
 
     def submit(self, command: Callable[[], None]) -> None:
         """Run a command that raises nothing on the thread, without waiting for it."""
         self._commands.put(command)
+        self._sockets.ring()
 
     def future(self) -> asyncio.Future[Any]:
         """Return a future that fails if the thread ends. Raises AgentClosed if it has."""
@@ -100,20 +109,25 @@ class NixlThread:
         if self._failure is None:
             await self.call(self._destroy_all)
         self._stopping = True
-        self._commands.put(_nothing)
+        self.submit(_nothing)
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
         if self._thread.is_alive():
             raise TransferError(f"the NIXL thread did not end within {_CLOSE_SECONDS:g} s")
+        self._sockets.close()
 
     # --- called on the thread -----------------------------------------------------------------
 
     def add(self, endpoint: Endpoint, deliver: Callable[[list[bytes]], None]) -> None:
         """Poll this endpoint from now on; `deliver` is called on the event loop."""
         self._endpoints[endpoint] = deliver
+        for event_set in endpoint.event_sets:
+            self._sockets.watch(event_set)
 
     def destroy(self, endpoint: Endpoint) -> None:
         """End an endpoint, at once and for good. A second call does nothing."""
         if self._endpoints.pop(endpoint, None) is not None:
+            for event_set in endpoint.event_sets:
+                self._sockets.forget(event_set)
             endpoint.destroy()
 
     def post(self, callback: Callable[[], None]) -> None:
@@ -139,30 +153,47 @@ class NixlThread:
                 self.post(self._fail_all)
 
     def _run(self) -> None:
-        settings = self._settings
-        active_until = 0.0
-        nap = settings.nap_idle_seconds
+        busy, active_until = False, 0.0
+        # Looked at before every wait: the command that comes with the stop may have been run.
         while not self._stopping and not self._loop.is_closed():
-            active = self._run_commands(nap) | self._poll()
+            self._wait(busy=busy)
+            active = self._woken | self._run_commands() | self._poll()
             now = time.monotonic()
             if active or any(endpoint.busy for endpoint in self._endpoints):
-                active_until = now + settings.linger_seconds
+                active_until = now + self._settings.linger_seconds
             busy = now < active_until
-            nap = settings.nap_in_flight_seconds if busy else settings.nap_idle_seconds
 
-    def _run_commands(self, nap: float) -> bool:
-        """Wait up to `nap` for a command, then run all there are. Tell whether there was one."""
-        # Without an agent there is nothing to poll: sleep until a command comes.
-        wait = nap if self._endpoints else None
-        ran = False
+    def _wait(self, *, busy: bool) -> None:
+        """Return when there may be something to do."""
+        settings = self._settings
+        if not self._endpoints:
+            self._nap(None)
+        elif not all(endpoint.event_sets for endpoint in self._endpoints):
+            self._nap(settings.nap_in_flight_seconds if busy else settings.nap_idle_seconds)
+        elif not (self._woken and self._nap(settings.spacing_seconds)):
+            self._woken = self._sockets.wait(
+                settings.nap_idle_seconds if busy else settings.nap_watched_seconds
+            )
+
+    def _nap(self, seconds: float | None) -> bool:
+        """Return after some seconds, or at once with a command; tell whether there is one."""
         try:
-            command = self._commands.get(timeout=wait)
-            while True:
-                ran = True
-                command()
-                command = self._commands.get_nowait()
+            self._heard = self._commands.get(timeout=seconds)
         except queue.Empty:
-            return ran
+            return False
+        return True
+
+    def _run_commands(self) -> bool:
+        """Run all commands there are. Tell whether there was one."""
+        command, self._heard = self._heard, None
+        ran = False
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if command is not None:
+                    ran = True
+                    command()
+                command = self._commands.get_nowait()
+        return ran
 
     def _poll(self) -> bool:
         """Move every endpoint on. Tell whether a notification came in."""
@@ -322,7 +353,9 @@ class NixlTransfer(Transfer):
         def open_endpoint() -> Endpoint:
             if self._library is None:
                 self._library = NixlLibrary()
-            endpoint = Endpoint(self._library, name, regions)
+            endpoint = Endpoint(
+                self._library, name, regions, sockets_only=self._settings.sockets_only
+            )
             thread.add(endpoint, inbox.deliver)
             return endpoint
 

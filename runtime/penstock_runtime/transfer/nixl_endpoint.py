@@ -16,6 +16,7 @@ import numpy as np
 
 from penstock_runtime.transfer.base import AgentClosed, PeerLost, TransferError, TransferTimeout
 from penstock_runtime.transfer.metadata import AgentMetadata, OutsideRegionsError, devices_of
+from penstock_runtime.transfer.sockets import event_sets
 from penstock_runtime.transfer.stats import AgentStats
 
 if TYPE_CHECKING:
@@ -72,9 +73,18 @@ class _Peer:
 
 
 class Endpoint:
-    """A NIXL agent and what is in flight on it."""
+    """A NIXL agent and what is in flight on it.
 
-    def __init__(self, library: NixlLibrary, name: str, regions: list[Region]) -> None:
+    Args:
+        library: NIXL.
+        name: unique for ever.
+        regions: memory that peers may be told of.
+        sockets_only: nothing but sockets moves its bytes, so that they can be waited for.
+    """
+
+    def __init__(
+        self, library: NixlLibrary, name: str, regions: list[Region], *, sockets_only: bool = False
+    ) -> None:
         self.name = name
         self.destroyed = False
         self.stats = AgentStats()
@@ -85,6 +95,7 @@ class Endpoint:
         """Polled until they are done, fail or time out; in the order of their start."""
         self._abandoned: list[Operation] = []
         """Timed out: neither polled nor released, since releasing would not stop them."""
+        known = event_sets()
         try:
             config = library.config(enable_prog_thread=False, backends=["UCX"])
             self._agent = library.agent(name, config)
@@ -95,6 +106,8 @@ class Endpoint:
             endpoint: bytes = self._agent.get_agent_metadata()
         except self._errors as error:
             raise TransferError(f"agent {name} cannot be opened: {_text(error)}") from _bare(error)
+        self.event_sets = event_sets() - known if sockets_only else frozenset()
+        """Epoll sets of the agent's sockets; none: it has to be polled."""
         self.metadata = AgentMetadata(name, regions, endpoint).encode()
 
     def connect(self, metadata: bytes) -> str:

@@ -40,12 +40,21 @@ class NixlSettings:
     """Between two probes of an idle connection."""
 
     nap_in_flight_seconds: float = 100e-6
-    """Sleep between two polls while bytes move. A poll costs some 10 µs: about a tenth of a core
-    while busy. Polling without a nap would take a core from compute and gains only 0.2 ms."""
+    """Sleep between two polls while bytes move, where sockets cannot be waited for. A poll costs
+    some 10 µs: about a tenth of a core while busy. Polling without a nap would take a core from
+    compute and gains only 0.2 ms."""
 
     nap_idle_seconds: float = 1e-3
     """Sleep between two polls while nothing is expected; a first notification comes so much later.
-    Costs about 3 % of a core."""
+    Costs about 3 % of a core. Where sockets wake the thread this is the longest wait while
+    something is expected: one in a hundred operations has a step that no socket tells of."""
+
+    nap_watched_seconds: float = 20e-3
+    """The longest wait for sockets while nothing is expected: UCX looks after its connections."""
+
+    spacing_seconds: float = 200e-6
+    """Sleep after sockets woke the thread: bytes come in small parts, and a poll for each would
+    take longer than moving them."""
 
     linger_seconds: float = 20e-3
     """Activity this recent counts as busy: an answer, or a peer's next chunk, is likely soon. A
@@ -63,9 +72,20 @@ class NixlSettings:
                 f"transports {self.transports!r} let a peer write past a fence "
                 f"({', '.join(sorted(unsafe)) or 'empty means all'}); name network transports only"
             )
-        for name in ("nap_in_flight_seconds", "nap_idle_seconds", "peer_silence_seconds"):
+        for name in (
+            "nap_in_flight_seconds",
+            "nap_idle_seconds",
+            "nap_watched_seconds",
+            "spacing_seconds",
+            "peer_silence_seconds",
+        ):
             if getattr(self, name) <= 0:
                 raise NixlSettingsError(f"{name} is {getattr(self, name)}, it must be positive")
+
+    @property
+    def sockets_only(self) -> bool:
+        """Whether all bytes go through sockets, which can be waited for."""
+        return self.transports == "tcp"
 
     def ucx_environment(self) -> dict[str, str]:
         """Return UCX's and NIXL's environment variables for these settings."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
+import socket
 import sys
 import threading
 from typing import TYPE_CHECKING, cast
@@ -69,7 +71,8 @@ class FakeEndpoint:
 
     busy = False
 
-    def __init__(self) -> None:
+    def __init__(self, event_sets: frozenset[int] = frozenset()) -> None:
+        self.event_sets = event_sets
         self.ends = 0
         self.broken = threading.Event()
         self.polled = threading.Event()
@@ -107,6 +110,37 @@ async def test_closing_ends_every_agent_and_refuses_what_comes_later() -> None:
     assert endpoint.ends == 1
     with pytest.raises(AgentClosed, match="it was closed"):
         await thread.call(lambda: None)
+
+
+async def test_a_thread_that_is_closed_ends_whatever_it_was_doing() -> None:
+    """The command that wakes it may be run with the one before: then nothing wakes it any more."""
+    for _ in range(100):
+        thread = NixlThread(NixlSettings(), asyncio.get_running_loop())
+        await thread.call(lambda: None)
+        async with asyncio.timeout(10):
+            await thread.close()
+
+
+async def test_sockets_and_commands_wake_a_thread_that_has_nothing_to_do() -> None:
+    settings = NixlSettings(nap_watched_seconds=60.0)
+    thread = NixlThread(settings, asyncio.get_running_loop())
+    here, there = socket.socketpair()
+    with here, there, select.epoll() as event_set:
+        event_set.register(there, select.EPOLLIN)
+        endpoint = FakeEndpoint(frozenset({event_set.fileno()}))
+        async with asyncio.timeout(10):
+            await thread.call(lambda: thread.add(cast("Endpoint", endpoint), lambda _: None))
+            for _ in range(3):
+                # Behind a command it polls, and then it waits.
+                assert await asyncio.to_thread(endpoint.polled.wait, 10)
+                endpoint.polled.clear()
+                here.send(b"x")
+                assert await asyncio.to_thread(endpoint.polled.wait, 10)
+                there.recv(1)
+                endpoint.polled.clear()
+                await thread.call(lambda: None)
+            await thread.close()
+    assert endpoint.ends == 1
 
 
 async def test_a_failure_of_the_thread_ends_its_agents_and_reaches_every_waiter(
