@@ -8,6 +8,7 @@ instead of asking a thousand times a second, and wakes when the first byte comes
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -63,8 +64,13 @@ class Sockets:
         self._ready.register(event_set, select.EPOLLIN)
 
     def forget(self, event_set: int) -> None:
-        """Wake for it no more. Call this before it is closed."""
-        self._ready.unregister(event_set)
+        """Wake for it no more. Call this before it is closed.
+
+        One that is closed already is forgotten already: it was opened for something else at the
+        same moment as an agent was, by another thread.
+        """
+        with contextlib.suppress(OSError):
+            self._ready.unregister(event_set)
 
     def wait(self, seconds: float) -> bool:
         """Return when rung, woken, or after `seconds`, rounded up to milliseconds.

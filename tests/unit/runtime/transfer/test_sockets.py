@@ -37,6 +37,18 @@ def test_ready_sockets_end_a_wait_and_say_so() -> None:
         assert not sockets.wait(0)
 
 
+def test_a_set_that_was_closed_by_its_owner_is_forgotten() -> None:
+    here, there = socket.socketpair()
+    with here, there, closing(Sockets()) as sockets:
+        event_set = select.epoll()
+        event_set.register(there, select.EPOLLIN)
+        sockets.watch(number := event_set.fileno())
+        here.send(b"x")
+        event_set.close()
+        assert not sockets.wait(0)
+        sockets.forget(number)
+
+
 def test_a_ring_ends_one_wait() -> None:
     with closing(Sockets()) as sockets:
         sockets.ring()
