@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from penstock_runtime.engine.compute import Compute
+from penstock_runtime.engine.compute import Compute, leave_cores_to_compute
 from penstock_runtime.engine.kv_writer import KvWriter, StageIdentity
 from penstock_runtime.engine.ring import ActivationRing
 from penstock_runtime.kvcache.base import KVLayout
@@ -223,6 +223,7 @@ async def serve(task: Task) -> None:
     model = StageModel(task.cost, task.saturation)
     runner = EmulatedRunner(model, page_size=PAGE, jitter=task.jitter, seed=task.seed + task.stage)
     planner = ChunkPlanner(len(task.addresses), PAGE, task.chunks)
+    leave_cores_to_compute()
     compute, transfer = Compute(1), loopback()
     worker = stage_worker(task, runner, planner, compute, transfer)
     await worker.start()

@@ -25,6 +25,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def leave_cores_to_compute() -> None:
+    """Give torch one thread on the calling thread, the event loop's, before there is a `Compute`.
+
+    All it does with torch is to copy activations. By default it would do so with a team of its own,
+    as large as the machine: the team is woken for each copy, waits for cores that compute has, and
+    spins behind it.
+    """
+    # A thread takes over the number last set in the process when torch first asks, even if it was
+    # told its own before. So let it ask now.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Timed(Generic[T]):
     """What a function returned, and when the thread began and ended it, by `time.perf_counter`."""

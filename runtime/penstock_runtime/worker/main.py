@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry
 
 from penstock_runtime.cuda_device import find_device
-from penstock_runtime.engine.compute import Compute
+from penstock_runtime.engine.compute import Compute, leave_cores_to_compute
 from penstock_runtime.engine.streams import streams_of
 from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.model.errors import WeightsError
@@ -56,6 +56,7 @@ class Process:
         self._worker: PrefillWorker | DecodeWorker | None = None
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
+        leave_cores_to_compute()
         self._compute = Compute(
             max(1, settings.threads // settings.tensor_parallel),
             streams_of(find_device(settings.device)),
