@@ -74,17 +74,14 @@ from penstock_runtime.transfer.ownership import GrantLedger
 from penstock_wire.keys import Keys
 from penstock_wire.messages import GroupAddress
 from penstock_wire.names import Resolver
-from penstock_wire.sockets import ControlClient
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from penstock_runtime.simulator.hardware import StageModel
     from penstock_runtime.transfer.base import Transfer
     from penstock_runtime.transfer.ownership import Revocation
-    from penstock_wire.messages import Control, Hello
-    from penstock_wire.sockets import LinkState
 
 PUBLISHED = {"qwen": QWEN, "deepseek": DEEPSEEK}
 ADAPTIVE = "adaptive"
@@ -177,7 +174,6 @@ class Receiver:
         self, addresses: Sequence[str], keys: Keys, pages: int, transfer: Transfer
     ) -> None:
         stages = len(addresses)
-        self._keys = keys
         self._hello = receiver_hello(stages, pages)
         self._pool = PagePool(pages, PAGE)
         self._changed = asyncio.Event()
@@ -185,27 +181,13 @@ class Receiver:
         self._link = GroupLink(
             GroupAddress(name=GROUP, stages=tuple(addresses)),
             hello=self._hello,
-            connect=self._connect,
+            keys=keys,
+            resolver=Resolver(),
             transfer=transfer,
             arenas=[kv_arena(kv_layout(0, stages), pages)],
             ledger=GrantLedger(self._pool),
             incarnations=incarnations(),
             owner=self,
-        )
-
-    def _connect(
-        self,
-        address: str,
-        on_message: Callable[[Control], None],
-        on_state: Callable[[LinkState, Hello | None], None],
-    ) -> ControlClient:
-        return ControlClient(
-            address,
-            self._hello,
-            self._keys,
-            on_message=on_message,
-            on_state=on_state,
-            resolver=Resolver(),
         )
 
     async def open(self) -> None:

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from penstock_runtime.transfer.base import Agent, Transfer
     from penstock_runtime.transfer.ownership import Delivery, GrantLedger, Revocation
     from penstock_runtime.transfer.page_ranges import KvArena
+    from penstock_wire.keys import Keys
     from penstock_wire.messages import Control, GroupAddress, Hello
+    from penstock_wire.names import Resolver
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,8 @@ class GroupLink:
     Args:
         group: its name and its stages' addresses.
         hello: this worker's; stages whose model or KV layout differ are not used.
-        connect: makes a control client (address, on_message, on_state).
+        keys: of the service.
+        resolver: of the stages' addresses.
         transfer: opens agents.
         arenas: the KV pool's memory, all layers; one a rank.
         ledger: of all grants of this worker.
@@ -96,7 +99,8 @@ class GroupLink:
         group: GroupAddress,
         *,
         hello: Hello,
-        connect: Connect,
+        keys: Keys,
+        resolver: Resolver,
         transfer: Transfer,
         arenas: Sequence[KvArena],
         ledger: GrantLedger,
@@ -121,7 +125,14 @@ class GroupLink:
         self._closed = False
         self.fences = 0
         self._clients = [
-            connect(address, _bind(self._on_message, i), _bind(self._on_state, i))
+            ControlClient(
+                address,
+                hello,
+                keys,
+                on_message=_bind(self._on_message, i),
+                on_state=_bind(self._on_state, i),
+                resolver=resolver,
+            )
             for i, address in enumerate(group.stages)
         ]
 
@@ -345,19 +356,6 @@ class GroupLink:
         self._incarnation = incarnation
         for stage in range(len(self._clients)):
             self._invite(stage)
-
-
-class Connect(Protocol):
-    """Makes a control client; it is started by the link."""
-
-    def __call__(
-        self,
-        address: str,
-        on_message: Callable[[Control], None],
-        on_state: Callable[[LinkState, Hello | None], None],
-    ) -> ControlClient:
-        """Return the client."""
-        ...
 
 
 def _bind(function: Callable[..., None], stage: int) -> Callable[..., None]:

@@ -7,15 +7,30 @@ eight stages leave some with 8, 7 % above the mean.
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_MOST = 1024
+"""Layers of a stage, as in the manifest."""
 _LEAST = 2
 """Halves of a stage: so there is an attention among them, and KV for its pages."""
+
+
+def layer_counts(text: str) -> tuple[float, ...]:
+    """Read the layers of each stage from a command line. Raises ArgumentTypeError."""
+    written = re.fullmatch(r"[1-9]\d*(\.[05])?(,[1-9]\d*(\.[05])?)*", text)
+    counts = tuple(map(float, text.split(","))) if written else ()
+    if not counts or max(counts) > _MOST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of layers, in halves and at least one a stage: 8.5,7.5"
+        )
+    return counts
 
 
 def split_layers(

@@ -20,6 +20,7 @@ from penstock_runtime.engine.timeline import (
     trace_of,
 )
 from penstock_runtime.scheduler.chunk_planner import ChunkSettings
+from penstock_runtime.scheduler.layer_split import layer_counts
 from penstock_runtime.simulator import costs, report
 from penstock_runtime.simulator.capacity import GroupModel, NoCapacity, Targets, plan_capacity
 from penstock_runtime.simulator.decode import DecodeModel
@@ -87,7 +88,7 @@ def add_explain_chunks(subparsers: Subparsers) -> None:
     a("--prompts", type=_positive, default=1, metavar="N", help="sent at once (default: 1)")
     a(
         "--layers",
-        type=_layer_counts,
+        type=layer_counts,
         metavar="N,N",
         help="of each stage now, such as 8.5,7.5: say how to divide them by what the stages "
         "measured (default: what --group says)",
@@ -346,7 +347,7 @@ def _stages(args: argparse.Namespace) -> tuple[StageModel, ...]:
     return costs.for_stages(found, args.stages)
 
 
-def _known_layers(args: argparse.Namespace, stages: int) -> list[float]:
+def _known_layers(args: argparse.Namespace, stages: int) -> Sequence[float]:
     """Return what a running group says of its stages' layers; none if some are away."""
     known = costs.layers_of_worker(args.group) if args.group else []
     return known if len(known) == stages > 1 else []
@@ -392,18 +393,6 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
-
-
-def _layer_counts(text: str) -> list[float]:
-    try:
-        counts = [float(part) for part in text.split(",")]
-    except ValueError:
-        counts = [0.0]
-    if any(not 1 <= count <= 1024 or count * 2 % 1 for count in counts):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of layers, in halves and at least one a stage: 8.5,7.5"
-        )
-    return counts
 
 
 def _share(text: str) -> float:

@@ -95,7 +95,7 @@ class Endpoint:
         """Polled until they are done, fail or time out; in the order of their start."""
         self._abandoned: list[Operation] = []
         """Timed out: neither polled nor released, since releasing would not stop them."""
-        known = event_sets()
+        known = event_sets() if sockets_only else frozenset()
         try:
             config = library.config(enable_prog_thread=False, backends=["UCX"])
             self._agent = library.agent(name, config)

@@ -11,11 +11,11 @@ from penstock_runtime.scheduler.decode import DecodeScheduler
 from penstock_runtime.transfer.ownership import GrantLedger
 from penstock_runtime.worker.publisher import Publisher
 from penstock_wire.messages import Cancel, Generate, Groups, Subscribe
-from penstock_wire.sockets import ControlClient, ControlServer, Session
+from penstock_wire.sockets import ControlServer, Session
 from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from penstock_runtime.engine.compute import Compute
     from penstock_runtime.engine.runner import DecodeRunner
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from penstock_wire.keys import Keys
     from penstock_wire.messages import Control, GroupAddress, Hello, Load
     from penstock_wire.names import Resolver
-    from penstock_wire.sockets import LinkState
 
 
 class DecodeWorker:
@@ -90,27 +89,13 @@ class DecodeWorker:
         return GroupLink(
             group,
             hello=self._hello,
-            connect=self._connect,
+            keys=self._keys,
+            resolver=self._resolver,
             transfer=self._transfer,
             arenas=self._arenas,
             ledger=self._ledger,
             incarnations=self._incarnations,
             owner=owner,
-        )
-
-    def _connect(
-        self,
-        address: str,
-        on_message: Callable[[Control], None],
-        on_state: Callable[[LinkState, Hello | None], None],
-    ) -> ControlClient:
-        return ControlClient(
-            address,
-            self._hello,
-            self._keys,
-            on_message=on_message,
-            on_state=on_state,
-            resolver=self._resolver,
         )
 
     # --- life ----------------------------------------------------------------------------------

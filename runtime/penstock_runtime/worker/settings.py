@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from penstock_runtime.errors import ConfigurationError
+from penstock_runtime.scheduler.layer_split import layer_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -168,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     a("--stages", type=_positive, default=1, help="stages in the group")
     a(
         "--layers-per-stage",
-        type=_layer_counts,
+        type=layer_counts,
         default=(),
         help="layers of each stage, for example 9,9,8; 8.5,7.5 cuts a layer behind its attention "
         "(default: the same arithmetic for all)",
@@ -257,14 +258,6 @@ def _kv_memory(text: str) -> KvMemory:
     if not 0 < value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not a share above 0% and up to 100%")
     return KvMemory(share=value / 100)
-
-
-def _layer_counts(text: str) -> tuple[float, ...]:
-    if not re.fullmatch(r"[1-9]\d*(\.[05])?(,[1-9]\d*(\.[05])?)*", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of layers, in halves and at least one a stage: 8.5,7.5"
-        )
-    return tuple(map(float, text.split(",")))
 
 
 def _positive(text: str) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock_runtime.scheduler.layer_split import half_costs, split_layers
+from penstock_runtime.scheduler.layer_split import half_costs, layer_counts, split_layers
 
 
 def sizes(ranges: list[tuple[float, float]]) -> list[float]:
@@ -98,3 +99,11 @@ def test_what_grows_with_the_context_is_the_attention_s() -> None:
 def test_counts_that_are_no_division_are_refused(counts: list[float]) -> None:
     with pytest.raises(ValueError, match="layers"):
         half_costs(counts, [1.0, 1.0], [0.0, 0.0], 0.25)
+
+
+def test_layers_are_read_from_a_command_line() -> None:
+    assert layer_counts("9,9,8") == (9, 9, 8)
+    assert layer_counts("8.5,7.5,1024") == (8.5, 7.5, 1024)
+    for wrong in ("", "8,", "0.5,15.5", "8.25,7.75", "-8,24", "1025", "nan", "1e1", "8 8"):
+        with pytest.raises(argparse.ArgumentTypeError, match="in halves and at least one a stage"):
+            layer_counts(wrong)
