@@ -57,9 +57,12 @@ class Engine:
         model, memory = self._run(_load, options, found)
         if isinstance(model.attention, PagedCpuAttention):
             self._timings = model.attention.timings = Timings()
-        settings = DecodeSettings(max_batch_tokens=options.chunk_tokens)
+        on_cuda = found.type == "cuda"
+        settings = DecodeSettings(
+            max_batch_tokens=options.chunk_tokens, steps_out=2 if on_cuda else 1
+        )
         graphs = None
-        if found.type == "cuda":
+        if on_cuda:
             graphs = self._run(_prepare, options, model, memory, settings.max_running)
         pool = PagePool(memory.pages - 1 if graphs else memory.pages, PAGE_SIZE)
         self._engine = DecodeEngine(

@@ -66,7 +66,7 @@ def test_replays_equal_eager_steps(tmp_path: Path) -> None:
         for step in range(3):
             batch = decode_batch(pages, lengths, step)
             sampling = [
-                SamplingRow(Sampling(seed=i, temperature=0), array("i", [1]), 1)
+                SamplingRow(Sampling(seed=i, temperature=0), array("i", [1]), 1, 0)
                 for i in range(rows)
             ]
             ours = DecodeRunner(replayed.model, replayed.pool, graphs=graphs).step(batch, sampling)
@@ -93,6 +93,6 @@ async def test_a_captured_step_runs_on_the_compute_thread(tmp_path: Path) -> Non
     )
     runner = DecodeRunner(loaded.model, loaded.pool, graphs=graphs)
     batch = decode_batch([[0, 1]], [3], 0)
-    rows = [SamplingRow(Sampling(seed=1, temperature=0), array("i", [1]), 1)]
+    rows = [SamplingRow(Sampling(seed=1, temperature=0), array("i", [1]), 1, 0)]
     assert len(await compute.run(runner.step, batch, rows)) == 1
     compute.close()

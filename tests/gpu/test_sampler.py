@@ -30,6 +30,7 @@ def test_tokens_are_the_same_on_both(vocabulary: int, dtype: torch.dtype) -> Non
             ),
             array("i", range(i)),
             i // 2,
+            i - i // 2,
         )
         for i in range(40)
     ]

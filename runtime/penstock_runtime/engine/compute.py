@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 
@@ -45,6 +45,26 @@ class Timed(Generic[T]):
     result: T
     begin: float
     end: float
+
+
+class Work(Generic[T]):
+    """A function that was given to the thread."""
+
+    def __init__(self, future: Future[Timed[T]]) -> None:
+        self._future = future
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is a result, or what the function raised."""
+        return self._future.done()
+
+    def result(self) -> Timed[T]:
+        """Return what it returned, or raise what it raised. It has `ended`."""
+        return self._future.result(timeout=0)
+
+    def withdraw(self) -> bool:
+        """Take it back, as if it had not been given. False: it has begun."""
+        return self._future.cancel()
 
 
 class Compute:
@@ -85,6 +105,18 @@ class Compute:
         return await loop.run_in_executor(
             self._executor, lambda: self._timed(function, *args, **kwargs)
         )
+
+    def give(self, function: Callable[[], T], ended: Callable[[], None]) -> Work[T]:
+        """Have a function computed behind what was given before.
+
+        `ended` is called when it was, on the event loop.
+        """
+        loop = asyncio.get_running_loop()
+        future = self._executor.submit(self._timed, function)
+        future.add_done_callback(
+            lambda done: None if done.cancelled() else loop.call_soon_threadsafe(ended)
+        )
+        return Work(future)
 
     def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Timed[T]:
         begin = time.perf_counter()

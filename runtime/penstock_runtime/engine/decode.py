@@ -7,7 +7,9 @@
                                   GroupLink, one a prefill group
 
 What happens when is the scheduler's business; whose page is whose, the ledger's. Here both are
-joined to the compute thread. The event loop's thread owns everything but the running batch.
+joined to the compute thread. The event loop's thread owns everything but the running batch. Where
+the scheduler gives out two batches, the next lies ready while one runs, and is made anew if
+something happens meanwhile: the compute thread goes on at once, and tokens are streamed beside it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from penstock_runtime.engine.group_link import GroupLink
@@ -40,10 +44,10 @@ from penstock_wire.sockets import LinkDown
 from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
-    from penstock_runtime.engine.compute import Compute
+    from penstock_runtime.engine.compute import Compute, Work
     from penstock_runtime.engine.runner import DecodeRunner
     from penstock_runtime.kvcache.pool import PagePool
-    from penstock_runtime.scheduler.batch import Batch
+    from penstock_runtime.scheduler.batch import Batch, BatchSegment
     from penstock_runtime.scheduler.decode import DecodeScheduler
     from penstock_runtime.transfer.ownership import GrantLedger, Revocation
     from penstock_wire.messages import TokenOut, Tokens
@@ -96,6 +100,14 @@ class _Client:
 
 
 @dataclass(frozen=True, slots=True)
+class _Step:
+    """One that is computed, or lies ready for it."""
+
+    batch: Batch
+    work: Work[list[TokenOut]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Granted:
     request_id: str
     group: str
@@ -133,6 +145,7 @@ class DecodeEngine:
         self._salts: dict[str, bytes] = {}
         self._groups: dict[str, GroupLink] = {}
         self._grants: dict[int, _Granted] = {}
+        self._steps: deque[_Step] = deque()
         self._closing = Tasks()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -264,22 +277,62 @@ class DecodeEngine:
     async def run(self) -> None:
         """Admit, compute and stream for ever."""
         while True:
+            self._wake.clear()
+            await self._finish()
+            self._reconsider()
             self._admit()
+            self._give_out()
+            await self._sleep()
+
+    async def _finish(self) -> None:
+        """Stream what the steps that have ended gave."""
+        while self._steps and self._steps[0].work.ended:
+            step = self._steps[0]
+            try:
+                timed = step.work.result()
+            except (RuntimeError, ValueError) as error:
+                log.exception("a step failed")
+                await self._fail_steps(error)
+                return
+            self._steps.popleft()
+            seconds, batch = timed.end - timed.begin, step.batch
+            self.scheduler.cost.observe(batch.chunks, seconds)
+            self.stats.step(seconds, decoded_only=batch.tokens == len(batch.segments))
+            self._stream(batch, timed.result)
+
+    async def _fail_steps(self, error: Exception) -> None:
+        """A step failed. The one behind it was to go on with what it gave."""
+        if not self._steps[-1].work.withdraw():
+            await self._compute.settle()
+        self._steps.clear()
+        for request_id in self.scheduler.abort_steps():
+            message = f"the model could not be computed: {error}"
+            self._fail(request_id, "internal", message[:1000], retriable=False)
+
+    def _reconsider(self) -> None:
+        """Something has happened: plan the step anew that has not begun."""
+        if len(self._steps) > 1 and self._steps[-1].work.withdraw():
+            self.scheduler.withdraw_step(self._steps.pop().batch)
+
+    def _give_out(self) -> None:
+        """Have the next step computed, or two: one of them as soon as the other has ended."""
+        while self.scheduler.room_for_step:
             batch = self.scheduler.next_batch()
             if batch is None:
-                await self._sleep()
-            else:
-                await self._step(batch)
+                return
+            rows = [self._row(segment) for segment in batch.sampled]
+            work = self._compute.give(partial(self._runner.step, batch, rows), self._wake.set)
+            self._steps.append(_Step(batch, work))
 
     async def _sleep(self) -> None:
         if self.scheduler.idle:
             self._idle.set()
+        # The end of a step wakes as well.
         deadline = self.scheduler.next_deadline()
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._wake.wait()
-        self._wake.clear()
 
     def _admit(self) -> None:
         for admission in self.scheduler.plan_admission(time.monotonic(), self.groups_ready):
@@ -315,26 +368,12 @@ class DecodeEngine:
         self.scheduler.remote_failed(remote.request_id, remote.cached)
         self.pool.release(fresh)
 
-    async def _step(self, batch: Batch) -> None:
-        rows = [self._row(segment.request_id) for segment in batch.sampled]
-        started = time.perf_counter()
-        try:
-            sampled = await self._compute.run(self._runner.step, batch, rows)
-        except (RuntimeError, ValueError) as error:
-            log.exception("a step failed")
-            for request_id in self.scheduler.abort_step(batch):
-                message = f"the model could not be computed: {error}"
-                self._fail(request_id, "internal", message[:1000], retriable=False)
-            return
-        seconds = time.perf_counter() - started
-        self.scheduler.cost.observe(batch.chunks, seconds)
-        self.stats.step(seconds, decoded_only=batch.tokens == len(batch.segments))
-        self._stream(batch, sampled)
-
-    def _row(self, request_id: str) -> SamplingRow:
-        request = self.scheduler.get(request_id)
+    def _row(self, segment: BatchSegment) -> SamplingRow:
+        request = self.scheduler.get(segment.request_id)
         assert request is not None
-        return SamplingRow(request.sampling, request.tokens, request.prompt_length)
+        return SamplingRow(
+            request.sampling, request.tokens, request.prompt_length, segment.position
+        )
 
     def _stream(self, batch: Batch, sampled: list[TokenOut]) -> None:
         answers: dict[Reply, list[Tokens]] = {}

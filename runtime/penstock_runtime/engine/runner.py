@@ -5,6 +5,8 @@ With tensor parallelism rank 0 tells the others each step, and then all compute 
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,7 +66,11 @@ class StageRunner:
 
 
 class DecodeRunner:
-    """A decode worker's batches: forward, head, sampler. With `graphs`, decode batches by these."""
+    """A decode worker's batches: forward, head, sampler. With `graphs`, decode batches by these.
+
+    A batch may have been made before the one in front of it was computed: the tokens that it lacks
+    (`BatchSegment.ahead`) are those chosen by the last call.
+    """
 
     def __init__(
         self,
@@ -78,14 +84,21 @@ class DecodeRunner:
         self._pool = pool
         self._graphs = graphs
         self._followers = followers or NoFollowers()
+        self._chosen: dict[str, int] = {}
+        """By request, in the last batch."""
 
     def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[TokenOut]:
         """Compute a batch; return the chosen token of each of `batch.sampled`, in order.
 
         Raises BrokenLogits if the model gives no number to choose by.
         """
+        # What failed chooses nothing, so that a batch made behind it fails, too.
+        chosen, self._chosen = self._chosen, {}
         segments = [Segment(start=s.start, length=s.length, pages=s.pages) for s in batch.segments]
-        tokens = b"".join(memoryview(s.tokens).cast("B") for s in batch.segments)
+        tokens = b"".join(
+            array("i", [chosen[s.request_id]]) if s.ahead else memoryview(s.tokens).cast("B")
+            for s in batch.segments
+        )
         last, row = [], -1
         for segment in batch.segments:
             row += segment.length
@@ -93,7 +106,16 @@ class DecodeRunner:
                 last.append(row)
         self._followers.tell(RankStep.of(segments, tokens, last))
         logits = self._logits(_ids(tokens), segments, last)
-        return sample(logits, rows) if last else []
+        if not last:
+            return []
+        rows = [
+            replace(row, latest=chosen[segment.request_id]) if segment.ahead else row
+            for segment, row in zip(batch.sampled, rows, strict=True)
+        ]
+        sampled = sample(logits, rows)
+        for segment, token in zip(batch.sampled, sampled, strict=True):
+            self._chosen[segment.request_id] = token.id
+        return sampled
 
     def _logits(
         self, tokens: torch.Tensor, segments: Sequence[Segment], last: list[int]

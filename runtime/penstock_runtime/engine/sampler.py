@@ -27,6 +27,7 @@ Log-probabilities are those of the model's own logits, before any of this, as vL
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,6 @@ from penstock_runtime.engine.batch_choice import Choice, choose_together
 from penstock_wire.messages import TokenOut
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Collection, Sequence
 
     from penstock_wire.messages import Sampling
@@ -55,13 +55,20 @@ class SamplingRow:
 
     sampling: Sampling
     tokens: array[int]
-    """Prompt and output so far; read only if there are penalties."""
+    """Prompt and output so far; read only if there are penalties, and may grow meanwhile."""
     prompt_length: int
+    position: int
+    """Output position of the token to be chosen."""
+    latest: int | None = None
+    """The token before it, where `tokens` may not have it yet."""
 
     @property
-    def position(self) -> int:
-        """Output position of the token to be chosen."""
-        return len(self.tokens) - self.prompt_length
+    def output(self) -> array[int]:
+        """The output before the position."""
+        end = self.prompt_length + self.position
+        if self.latest is None:
+            return self.tokens[self.prompt_length : end]
+        return self.tokens[self.prompt_length : end - 1] + array("i", [self.latest])
 
 
 def sample(
@@ -182,12 +189,12 @@ def _adjust(logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
     sampling = row.sampling
     logits = logits_V.to(torch.float64, copy=True)
     if sampling.repetition_penalty != 1:
-        seen = _ids(set(row.tokens), logits)
+        seen = _ids({*row.tokens[: row.prompt_length], *row.output}, logits)
         values = logits[seen]
         penalty = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if (sampling.frequency_penalty or sampling.presence_penalty) and row.position:
-        output = _ids(row.tokens[row.prompt_length :], logits)
+        output = _ids(row.output, logits)
         seen, counts = torch.unique(output, return_counts=True)
         logits[seen] -= sampling.frequency_penalty * counts + sampling.presence_penalty
     if sampling.logit_bias:

@@ -25,6 +25,8 @@ class BatchSegment:
     """Whether the last row's logits choose the next token."""
     position: int
     """Output position of that token, for the random number."""
+    ahead: bool = False
+    """Its one token is what the step before chooses, which was not known yet: `tokens` has a 0."""
 
     @property
     def length(self) -> int:

@@ -10,11 +10,21 @@ The engine's cycle:
     plan_admission ──► Remote: grant pages, send Prefill … remote_done or remote_failed
           │        ──► Local, Rejected
       next_batch   ──► compute it ──► complete_step ──► tokens to stream
+          └──────────► withdraw_step: it has not begun, and something has happened
+
+Two steps may be out (`steps_out`): while one is computed the next lies ready, so that a device does
+not wait for the scheduler nor for what is streamed. The next one's tokens are then those that the
+first chooses (`BatchSegment.ahead`). A request that the first ends with a stop token is computed
+once more for nothing, and keeps its pages until that has ended. Pages are never taken from a
+request that is in a step: where that would be needed, no step is given out until those that are out
+have ended.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -37,7 +47,6 @@ from penstock_runtime.scheduler.step_sharing import Prompt, share
 from penstock_wire.messages import Tokens
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Collection, Sequence
 
     from penstock_runtime.scheduler.pages import Pages
@@ -61,11 +70,16 @@ class DecodeSettings:
     """Longest step that only prefills: a request that comes in waits for its end."""
     oldest_share: float = 0.5
     """Of the prefilling in a step, to the oldest prompt when shorter ones overtake it."""
+    steps_out: int = 1
+    """Steps given out at a time. 2: one is computed, and one lies ready for it."""
     remote: RemoteSettings = field(default_factory=RemoteSettings)
 
     def __post_init__(self) -> None:
         if min(self.max_running, self.max_waiting, self.max_batch_tokens) < 1:
             raise ValueError(f"limits are at least 1: {self}")
+        if self.steps_out not in (1, 2):
+            # A step takes the token that it lacks from the one before: there is no further back.
+            raise ValueError(f"1 or 2 steps can be out, not {self.steps_out}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +128,9 @@ class DecodeScheduler:
         self._admitted: list[DecodeRequest] = []
         """RUNNING and REMOTE ones, in order."""
         self._underway = BlocksUnderway()
-        self._batch: Batch | None = None
+        self._out: deque[Batch] = deque()
+        self._held_up = False
+        """Whether somebody has a right to pages of a request that is in a step."""
         self._next_order = 0
         self.preemptions = 0
         """Since the start, for metrics."""
@@ -174,7 +190,7 @@ class DecodeScheduler:
         return None
 
     def get(self, request_id: str) -> DecodeRequest | None:
-        """Return a request that has not finished."""
+        """Return a request that is here."""
         return self._requests.get(request_id)
 
     def cancel(self, request_id: str, delivered: int = 0) -> None:
@@ -191,12 +207,9 @@ class DecodeScheduler:
             self._waiting.remove(request)
         elif request.state is State.REMOTE:
             self._leave_remote(request, delivered)
-        elif self._in_flight(request):
-            # The step that is out still writes into its pages: `complete_step` ends it.
-            request.cancelled = True
-            return
         else:
-            self._leave(request)
+            self._end(request)
+            return
         self._forget(request)
 
     # --- admission ----------------------------------------------------------------------------
@@ -319,24 +332,33 @@ class DecodeScheduler:
 
     # --- steps --------------------------------------------------------------------------------
 
-    def next_batch(self) -> Batch | None:
-        """Return the next step, or None if nothing can be computed now.
+    @property
+    def room_for_step(self) -> bool:
+        """Whether `next_batch` can be asked."""
+        return len(self._out) < self._settings.steps_out
 
-        One batch is out at a time: it is given back by `complete_step` or `abort_step`.
+    def next_batch(self) -> Batch | None:
+        """Return the next step, or None if there is nothing to compute, or nothing yet.
+
+        Up to `steps_out` are out at a time. They are given back in their order: the first by
+        `complete_step`, the last by `withdraw_step`, all of them by `abort_steps`.
         """
-        if self._batch is not None:
-            raise RuntimeError("the batch before has not been completed")
-        decoding = [r for r in self._running() if self._decodes(r)]
+        if not self.room_for_step:
+            raise RuntimeError(f"{len(self._out)} batches have not been completed")
+        decoding = [] if self._held_up else [r for r in self._running() if self._decodes(r)]
+        if self._held_up:
+            return None
         segments = [self._segment(r, 1) for r in decoding]
-        prefilling = {r.order: r for r in self._running() if r.uncomputed > 1}
+        prefilling = {r.order: r for r in self._running() if r.unissued > 1}
         segments += [
             self._segment(prefilling[item.key], item.length)
             for item in self._share_prefill(prefilling, len(segments))
         ]
         if not segments:
             return None
-        self._batch = Batch(tuple(segments))
-        return self._batch
+        batch = Batch(tuple(segments))
+        self._out.append(batch)
+        return batch
 
     def _running(self) -> list[DecodeRequest]:
         return [r for r in self._admitted if r.state is State.RUNNING]
@@ -344,9 +366,11 @@ class DecodeScheduler:
     def _decodes(self, request: DecodeRequest) -> bool:
         """Tell whether a request decodes in this step; find it a page for that."""
         # The oldest are asked first: one that was preempted for them is not RUNNING any more.
-        if request.state is not State.RUNNING or request.uncomputed > 1:
+        if request.state is not State.RUNNING or request.unissued > 1:
             return False
-        if len(request.pages) * self._page_size >= len(request.tokens):
+        if request.ends_in_steps_out(self._max_length):
+            return False
+        if len(request.pages) * self._page_size >= request.length:
             return True
         while not self._pool.available():
             if not self._preempt_later_than(request):
@@ -359,9 +383,7 @@ class DecodeScheduler:
         self, prefilling: dict[int, DecodeRequest], decoding: int
     ) -> list[ChunkItem]:
         settings = self._settings
-        prompts = [
-            Prompt(r.order, r.computed, r.computed, len(r.tokens)) for r in prefilling.values()
-        ]
+        prompts = [Prompt(r.order, r.issued, r.issued, len(r.tokens)) for r in prefilling.values()]
         return share(
             self.cost.cost,
             prompts,
@@ -372,69 +394,96 @@ class DecodeScheduler:
         )
 
     def _segment(self, request: DecodeRequest, length: int) -> BatchSegment:
-        end = request.computed + length
-        return BatchSegment(
+        start, end = request.issued, request.issued + length
+        ahead = end > len(request.tokens)
+        segment = BatchSegment(
             request_id=request.request_id,
-            start=request.computed,
-            tokens=request.tokens[request.computed : end],
+            start=start,
+            tokens=array("i", [0]) if ahead else request.tokens[start:end],
             pages=tuple(request.pages[: pages_for(end, self._page_size)]),
-            sample=end == len(request.tokens),
-            position=request.output_length,
+            sample=end == request.length,
+            position=request.length - request.prompt_length,
+            ahead=ahead,
         )
+        request.steps_out += 1
+        request.tokens_out += length
+        request.samples_out += segment.sample
+        return segment
 
     def complete_step(self, batch: Batch, sampled: Sequence[TokenOut]) -> list[Tokens]:
         """A batch was computed. Returns what to stream, one message a request that got a token.
 
         Args:
-            batch: of `next_batch`.
+            batch: of `next_batch`, the first that is out.
             sampled: the chosen token of each of `batch.sampled`, in order.
 
         Raises:
             ValueError: another batch is out, or the tokens are not as many.
         """
-        self._take_back(batch)
         if len(sampled) != len(batch.sampled):
             raise ValueError(f"{len(sampled)} tokens for {len(batch.sampled)} segments")
+        self._take_back(batch, index=0)
         tokens = iter(sampled)
         messages: list[Tokens] = []
         for segment in batch.segments:
-            request = self._requests[segment.request_id]
+            request = self._returned(segment)
             token = next(tokens) if segment.sample else None
-            if request.cancelled:
-                self._leave(request)
-                self._forget(request)
+            if request.state is State.FINISHED:
+                self._end(request)
                 continue
             self._commit(request, segment.start + segment.length)
             if token is not None:
                 messages.append(self._append(request, token))
         return messages
 
-    def abort_step(self, batch: Batch) -> list[str]:
-        """A batch could not be computed: its requests end, and nothing of it is kept.
+    def withdraw_step(self, batch: Batch) -> None:
+        """The last batch that is out will not be computed: what it was for is planned anew.
 
-        Returns the ids of those that were not cancelled.
+        Raises:
+            ValueError: another batch is the last.
         """
-        self._take_back(batch)
-        failed: list[str] = []
+        self._take_back(batch, index=-1)
         for segment in batch.segments:
-            request = self._requests[segment.request_id]
-            if not request.cancelled:
-                failed.append(request.request_id)
-            self._leave(request)
-            self._forget(request)
+            request = self._returned(segment)
+            if request.state is State.FINISHED:
+                self._end(request)
+
+    def abort_steps(self) -> list[str]:
+        """No batch that is out could be computed: their requests end, and nothing of them is kept.
+
+        Returns the ids of those that had not finished.
+        """
+        failed: list[str] = []
+        while self._out:
+            batch = self._out[0]
+            self._take_back(batch, index=0)
+            for segment in batch.segments:
+                request = self._returned(segment)
+                if request.state is not State.FINISHED:
+                    failed.append(request.request_id)
+                self._end(request)
         return failed
 
-    def _take_back(self, batch: Batch) -> None:
-        if batch is not self._batch:
+    def _take_back(self, batch: Batch, *, index: int) -> None:
+        if not self._out or batch is not self._out[index]:
             raise ValueError("this is not the batch that is out")
-        self._batch = None
+        del self._out[index]
+        if not self._out:
+            self._held_up = False
+
+    def _returned(self, segment: BatchSegment) -> DecodeRequest:
+        """Return the request of a segment that is not out any more."""
+        request = self._requests[segment.request_id]
+        request.steps_out -= 1
+        request.tokens_out -= segment.length
+        request.samples_out -= segment.sample
+        return request
 
     def _append(self, request: DecodeRequest, token: TokenOut) -> Tokens:
         request.tokens.append(token.id)
         finish = request.finish(self._max_length)
         if finish:
-            self._leave(request)
-            self._forget(request)
+            self._end(request)
         return Tokens(
             request_id=request.request_id,
             position=request.output_length - 1,
@@ -473,13 +522,16 @@ class DecodeScheduler:
         self._underway.remove(request.underway.pop(i) for i in done)
 
     def _can_preempt_for(self, request: DecodeRequest, fresh: int) -> bool:
-        pages = sum(len(r.pages) for r in self._admitted if self._yields_to(r, request))
+        pages = sum(len(r.pages) for r in self._admitted if _yields(r, request))
         return self._pool.available() + pages >= fresh
 
     def _preempt_later_than(self, request: DecodeRequest) -> bool:
         """Take the pages of the latest request behind this one; tell whether there was one."""
-        victim = next((r for r in reversed(self._admitted) if self._yields_to(r, request)), None)
+        victim = next((r for r in reversed(self._admitted) if _yields(r, request)), None)
         if victim is None:
+            return False
+        if victim.steps_out:
+            self._held_up = True
             return False
         self._leave(victim)
         victim.state = State.WAITING
@@ -487,17 +539,12 @@ class DecodeScheduler:
         self.preemptions += 1
         return True
 
-    def _yields_to(self, other: DecodeRequest, request: DecodeRequest) -> bool:
-        return (
-            other.order > request.order
-            and other.state is State.RUNNING
-            and not self._in_flight(other)
-        )
-
-    def _in_flight(self, request: DecodeRequest) -> bool:
-        return self._batch is not None and any(
-            segment.request_id == request.request_id for segment in self._batch.segments
-        )
+    def _end(self, request: DecodeRequest) -> None:
+        """An admitted request has finished; its pages are its own until no step uses them."""
+        request.state = State.FINISHED
+        if not request.steps_out:
+            self._leave(request)
+            self._forget(request)
 
     def _leave(self, request: DecodeRequest) -> None:
         """An admitted request gives up its pages; what has a block stays in the cache."""
@@ -521,7 +568,7 @@ class DecodeScheduler:
     def load(self) -> DecodeLoad:
         """Return what waits and runs."""
         cost = self.cost.cost
-        here = [(r.computed, len(r.tokens)) for r in self._running() if r.uncomputed > 1]
+        here = [(r.issued, len(r.tokens)) for r in self._running() if r.unissued > 1]
         here += [(0, len(r.tokens)) for r in self._waiting if not r.group]
         return DecodeLoad(
             running=len(self._admitted),
@@ -529,6 +576,10 @@ class DecodeScheduler:
             queued_tokens=sum(end - start for start, end in here),
             queued_seconds=sum(cost.work(start, end) for start, end in here),
         )
+
+
+def _yields(other: DecodeRequest, request: DecodeRequest) -> bool:
+    return other.order > request.order and other.state is State.RUNNING
 
 
 def _order(request: DecodeRequest) -> int:

@@ -8,8 +8,9 @@
                                └─────────────────────────────────────────────┘
     any state ──stop token, length, cancelled, failed──► FINISHED
 
-Only RUNNING and REMOTE requests hold pages. What a request that goes back to WAITING has computed
-is left to the prefix cache, where its next admission finds it, unless it was evicted meanwhile.
+Only RUNNING and REMOTE requests hold pages, and FINISHED ones that a step is still computing. What
+a request that goes back to WAITING has computed is left to the prefix cache, where its next
+admission finds it, unless it was evicted meanwhile.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class State(Enum):
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class DecodeRequest:
-    """One sequence. Only the scheduler changes it; `tokens` does not change during a step."""
+    """One sequence. Only the scheduler changes it."""
 
     request_id: str
     tokens: array[int]
-    """Prompt and output."""
+    """Prompt and output, as far as it is known: the end of it may be in a step that is out."""
     prompt_length: int
     sampling: Sampling
     root: bytes
@@ -68,8 +69,13 @@ class DecodeRequest:
     remote_failures: int = 0
     group_wait_until: float | None = None
     """Until when a prefill group is waited for, once none was ready."""
-    cancelled: bool = False
-    """Cancelled while a step was using its pages: they are released after it."""
+    steps_out: int = 0
+    """Steps given out with a part of it. They use its pages, which it keeps until then even if it
+    has finished."""
+    tokens_out: int = 0
+    """Tokens [computed, computed + tokens_out) get their KV from them."""
+    samples_out: int = 0
+    """Output tokens that they choose."""
     hashes: list[bytes] = field(default_factory=list)
 
     @property
@@ -78,18 +84,34 @@ class DecodeRequest:
         return len(self.tokens) - self.prompt_length
 
     @property
-    def uncomputed(self) -> int:
-        """Tokens without KV. 1 while decoding: the last one's is computed by the next step."""
-        return len(self.tokens) - self.computed
+    def length(self) -> int:
+        """Tokens when all steps that are out have ended."""
+        return len(self.tokens) + self.samples_out
+
+    @property
+    def issued(self) -> int:
+        """KV of tokens [0, issued) is there when all steps that are out have ended."""
+        return self.computed + self.tokens_out
+
+    @property
+    def unissued(self) -> int:
+        """Tokens left to compute. 1 while decoding: the last one's KV comes with the next step."""
+        return self.length - self.issued
 
     def finish(self, max_length: int) -> Literal["", "stop", "length"]:
-        """Return why the output ends with its last token, or "" if it goes on."""
+        """Return why the output ends with its last known token, or "" if it goes on."""
         sampling = self.sampling
         stops = self.tokens[-1] in sampling.stop_token_ids
         if stops and self.output_length >= max(1, sampling.min_tokens):
             return "stop"
-        full = len(self.tokens) >= max_length
-        return "length" if full or self.output_length >= sampling.max_tokens else ""
+        return "length" if len(self.tokens) >= self._longest(max_length) else ""
+
+    def ends_in_steps_out(self, max_length: int) -> bool:
+        """Tell whether it will be as long as it may be when the steps that are out have ended."""
+        return self.samples_out > 0 and self.length >= self._longest(max_length)
+
+    def _longest(self, max_length: int) -> int:
+        return min(max_length, self.prompt_length + self.sampling.max_tokens)
 
     def block_hashes(self, page_size: int, tokens: int) -> list[bytes]:
         """Return the hashes of the full blocks in the first `tokens` tokens."""

@@ -239,6 +239,9 @@ class Builder:
             settings=DecodeSettings(
                 max_running=settings.max_batch,
                 max_batch_tokens=self._step_tokens(),
+                # A device would wait for the host. On the CPU the host's work, done beside a step,
+                # only takes cores from it: see the runtime's DESIGN.md.
+                steps_out=2 if settings.device == "cuda" else 1,
                 remote=RemoteSettings(
                     least_tokens=settings.local_prefill_tokens + 1,
                     group_wait_seconds=settings.group_wait_seconds,

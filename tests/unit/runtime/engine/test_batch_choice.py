@@ -26,7 +26,7 @@ samplings = st.builds(
 
 
 def row(sampling: Sampling, position: int) -> SamplingRow:
-    return SamplingRow(sampling, array("i", range(position)), 0)
+    return SamplingRow(sampling, array("i", range(position)), 0, position)
 
 
 @given(

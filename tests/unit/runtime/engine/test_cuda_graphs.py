@@ -94,7 +94,7 @@ def batch_of(spans: list[tuple[int, int]], seed: int) -> tuple[Batch, list[Sampl
         segments.append(BatchSegment(str(number), start, tokens, taken, number % 3 != 2, 0))
         if segments[-1].sample:
             sampling = Sampling(seed=number, temperature=0.7 * (number % 2))
-            rows.append(SamplingRow(sampling, array("i", [1]), 1))
+            rows.append(SamplingRow(sampling, array("i", [1]), 1, 0))
     return Batch(tuple(segments)), rows
 
 

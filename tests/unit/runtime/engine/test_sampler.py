@@ -6,6 +6,7 @@ import math
 import random
 from array import array
 from collections import Counter
+from dataclasses import replace
 from itertools import accumulate, islice, repeat
 from typing import Any
 
@@ -28,7 +29,7 @@ def row(
 ) -> SamplingRow:
     prompt, output = prompt or [], output or []
     sampling = Sampling(**({"seed": 1} | options))
-    return SamplingRow(sampling, array("i", prompt + output), len(prompt))
+    return SamplingRow(sampling, array("i", prompt + output), len(prompt), len(output))
 
 
 def choose(logits: list[float] | torch.Tensor, one: SamplingRow) -> int:
@@ -171,7 +172,13 @@ def test_every_choice_is_the_definition_s(
     logits: list[float], prompt: list[int], output: list[int], options: dict[str, Any]
 ) -> None:
     one = row(prompt, output, **options)
-    assert choose(logits, one) == reference(logits, one)
+    choice = reference(logits, one)
+    assert choose(logits, one) == choice
+    if output:
+        # The last token is not among the others yet, or has come to them in between.
+        before = one.tokens[:-1]
+        for tokens in (before, one.tokens, one.tokens + array("i", [5])):
+            assert choose(logits, replace(one, tokens=tokens, latest=output[-1])) == choice
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import random
 from array import array
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -87,14 +88,15 @@ class Simulation:
         )
     )
     seed: int = 0
+    ahead: bool = False
+    """Whether a step is given out while the one before is computed."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.pool = PagePool(self.pool_pages, self.page_size)
         self.ledger = GrantLedger(self.pool)
-        self.scheduler = DecodeScheduler(
-            self.pool, self.max_model_len, self.settings, CostModel(COST)
-        )
+        settings = replace(self.settings, steps_out=2 if self.ahead else 1)
+        self.scheduler = DecodeScheduler(self.pool, self.max_model_len, settings, CostModel(COST))
         self.kv: dict[tuple[int, int, int], int] = {}
         """(page, slot, stage's layers) → hash."""
         self.jobs: dict[int, Job] = {}
@@ -103,6 +105,9 @@ class Simulation:
         self.steps: list[str] = []
         """One line a step: request@start+length, a star where a token was sampled."""
         self.streams: dict[str, list[int]] = {}
+        self.chosen: dict[str, array[int]] = {}
+        """All output tokens that were chosen, those of the requests that had ended included."""
+        self.out: deque[Batch] = deque()
         self.finished: dict[str, str] = {}
         self.cancelled: set[str] = set()
         self.groups: tuple[str, ...] = ("g",)
@@ -126,6 +131,7 @@ class Simulation:
         output = output if output is not None else array("i")
         self.prompts[name] = (prompt, sampling)
         self.streams[name] = list(output)
+        self.chosen[name] = array("i", output)
         end = self.scheduler.add(
             name, prompt, output, sampling, ROOT, group=group, force_group=force_group, now=self.now
         )
@@ -205,23 +211,35 @@ class Simulation:
         self.revoked.remove(job)
 
     def start_step(self) -> Batch | None:
-        return self.scheduler.next_batch()
+        batch = self.scheduler.next_batch()
+        if batch is not None:
+            self.out.append(batch)
+        return batch
+
+    def withdraw_step(self) -> None:
+        self.scheduler.withdraw_step(self.out.pop())
 
     def end_step(self, batch: Batch) -> None:
+        assert batch is self.out.popleft()
         sampled: list[TokenOut] = []
         line: list[str] = []
         for segment in batch.segments:
-            prompt, _ = self.prompts[segment.request_id]
-            tokens = (prompt + array("i", self.streams[segment.request_id]))[
+            chosen = self.chosen[segment.request_id]
+            tokens = (self.prompts[segment.request_id][0] + chosen)[
                 : segment.start + segment.length
             ]
-            assert tokens[segment.start :] == segment.tokens
+            if segment.ahead:
+                assert segment.length == 1
+                assert tokens[segment.start :] == chosen[-1:]
+            else:
+                assert tokens[segment.start :] == segment.tokens
             self._check_kv(tokens, segment.pages, segment.start)
             for stage in range(STAGES):
                 self._write(tokens, segment.pages, segment.start, len(tokens), stage)
             if segment.sample:
-                assert segment.position == len(self.streams[segment.request_id])
+                assert segment.position == len(chosen)
                 sampled.append(TokenOut(next_token(tokens)))
+                chosen.append(sampled[-1].id)
             star = "*" if segment.sample else ""
             line.append(f"{segment.request_id}@{segment.start}+{segment.length}{star}")
         self.steps.append(" ".join(line))
@@ -257,11 +275,17 @@ class Simulation:
                 for stage in range(STAGES):
                     if grant in self.jobs:
                         self.work_remotely(grant, stage)
-        batch = self.start_step()
-        if batch is not None:
-            self.end_step(batch)
+        out = self._start_steps()
+        if self.out:
+            self.end_step(self.out[0])
         self.now += 1
-        return bool(admitted or batch)
+        return bool(admitted or out)
+
+    def _start_steps(self) -> int:
+        """Give out what there is; return how many steps are out."""
+        while self.scheduler.room_for_step and self.start_step():
+            pass
+        return len(self.out)
 
     def run(self, limit: int = 2000) -> list[str]:
         """Simulate to the end and return the steps."""
@@ -275,12 +299,17 @@ class Simulation:
         """One turn in which anything may happen in between, in any order."""
         self._random_events(cancels, failures)
         self.admit()
-        batch = self.start_step()
+        self._start_steps()
         self._random_events(cancels, failures)
         if self.random.random() < 0.3:
             self.admit()
-        if batch is not None:
-            self.end_step(batch)
+        if len(self.out) == 2 and self.random.random() < 0.3:
+            self.withdraw_step()
+            self.admit()
+            self._start_steps()
+            self._random_events(cancels, failures)
+        if self.out:
+            self.end_step(self.out[0])
         self.ledger.check()
         self.now += 1
 

@@ -348,33 +348,127 @@ def test_a_cancelled_request_keeps_its_pages_until_the_step_is_over() -> None:
     sim.check_quiet()
 
 
-def test_a_step_that_failed_leaves_nothing_in_the_cache() -> None:
-    sim = Simulation()
+def test_steps_that_failed_leave_nothing_in_the_cache() -> None:
+    sim = Simulation(ahead=True)
     sim.add("a", prompt_of(10, 1))
     sim.add("b", prompt_of(10, 2))
     sim.admit()
-    batch = sim.start_step()
-    assert batch is not None
+    first, second = sim.start_step(), sim.start_step()
+    assert first is not None
+    assert second is not None
     sim.cancel("b")
-    assert sim.scheduler.abort_step(batch) == ["a"]
+    assert sim.scheduler.abort_steps() == ["a"]
     assert sim.scheduler.idle
     assert sim.pool.counts().free == sim.pool.counts().total
 
 
-def test_only_the_batch_that_is_out_is_taken_back() -> None:
-    sim = Simulation()
+def test_batches_are_given_back_in_their_order() -> None:
+    sim = Simulation(ahead=True)
     sim.add("a", prompt_of(10, 1))
     sim.admit()
-    batch = sim.start_step()
-    assert batch is not None
-    with pytest.raises(RuntimeError, match="not been completed"):
+    first, second = sim.start_step(), sim.start_step()
+    assert first is not None
+    assert second is not None
+    with pytest.raises(RuntimeError, match="2 batches have not been completed"):
         sim.start_step()
     with pytest.raises(ValueError, match="0 tokens for 1"):
-        sim.scheduler.complete_step(batch, [])
+        sim.scheduler.complete_step(first, [])
     with pytest.raises(ValueError, match="not the batch"):
-        sim.scheduler.complete_step(replace(batch, segments=()), [TokenOut(1)])
+        sim.scheduler.complete_step(second, [TokenOut(1)])
+    with pytest.raises(ValueError, match="not the batch"):
+        sim.scheduler.withdraw_step(first)
     with pytest.raises(ValueError, match="running, not remote"):
         sim.scheduler.remote_done("a", 0)
+
+
+# --- the next step lies ready while one is computed ---------------------------------------------
+
+
+def test_a_step_ahead_takes_the_token_that_is_being_chosen() -> None:
+    sim = Simulation(ahead=True)
+    sim.add("a", prompt_of(40, 1), outputs(4))
+    assert sim.run() == ["a@0+20", "a@20+20*", "a@40+1*", "a@41+1*", "a@42+1*"]
+
+
+def test_steps_ahead_are_those_that_would_have_come() -> None:
+    """As long as nobody stops early, nothing is computed for nothing."""
+    steps = []
+    for ahead in (False, True):
+        sim = Simulation(ahead=ahead)
+        for n in range(5):
+            sim.add(f"r{n}", prompt_of(7 * n + 3, n), outputs(2 * n + 1))
+        steps.append(sim.run())
+    assert steps[0] == steps[1]
+
+
+def test_a_stop_token_ends_a_request_whose_next_step_is_out() -> None:
+    sampling = outputs(9, stop_token_ids=(STOP,))
+    prompts = (prompt_of(11, n) for n in range(100))
+    stopping = next(p for p in prompts if len(answer(p, sampling, 99)[0]) == 2)
+    sim = Simulation(ahead=True)
+    sim.add("a", stopping, sampling)
+    sim.admit()
+    sim.start_step()
+    sim.start_step()
+    sim.end_step(sim.out[0])
+    third = sim.start_step()
+    assert third is not None
+    sim.end_step(sim.out[0])
+    # It has its answer, and its pages are still being written.
+    assert (sim.finished["a"], sim.streams["a"][1:]) == ("stop", [STOP])
+    assert sim.pool.counts().resident == 4
+    assert sim.start_step() is None
+    sim.end_step(third)
+    assert sim.steps == ["a@0+11*", "a@11+1*", "a@12+1*"]
+    sim.check_quiet()
+
+
+def test_a_request_that_comes_in_meanwhile_joins_the_next_step() -> None:
+    sim = Simulation(ahead=True)
+    sim.add("a", prompt_of(10, 1), outputs(4))
+    sim.admit()
+    sim.start_step()
+    sim.start_step()
+    sim.add("b", prompt_of(5, 2), outputs(2))
+    sim.withdraw_step()
+    sim.admit()
+    sim.start_step()
+    assert sim.run() == ["a@0+10*", "a@10+1* b@0+5*", "a@11+1* b@5+1*", "a@12+1*"]
+
+
+def test_a_request_cancelled_in_two_steps_keeps_its_pages_until_both_are_over() -> None:
+    sim = Simulation(ahead=True)
+    sim.add("a", prompt_of(10, 1), outputs(9))
+    sim.admit()
+    sim.start_step()
+    sim.start_step()
+    sim.cancel("a")
+    sim.cancel("a")
+    sim.end_step(sim.out[0])
+    assert sim.pool.counts().resident == 3
+    assert sim.start_step() is None
+    sim.withdraw_step()
+    assert sim.streams["a"] == []
+    sim.check_quiet()
+
+
+def test_the_oldest_waits_for_the_steps_that_are_out_to_take_pages() -> None:
+    sim = Simulation(pool_pages=5, ahead=True)
+    sim.add("a", prompt_of(7, 1), outputs(14))
+    sim.add("b", prompt_of(5, 2), outputs(3))
+    sim.admit()
+    elsewhere = sim.pool.allocate(1)
+    assert sim.start_step() is not None
+    assert sim.start_step() is not None
+    sim.end_step(sim.out[0])
+    # Both are in the step that is out, and a's next token needs a page of b's.
+    assert sim.start_step() is None
+    assert sim.scheduler.preemptions == 0
+    sim.end_step(sim.out[0])
+    assert sim.start_step() is not None
+    assert sim.scheduler.preemptions == 1
+    sim.pool.release(elsewhere)
+    sim.run()
 
 
 def test_load_counts_what_is_computed_here() -> None:
@@ -397,6 +491,7 @@ def test_load_counts_what_is_computed_here() -> None:
     batch_tokens=st.integers(14, 40),
     cancels=st.sampled_from([0.0, 0.1]),
     failures=st.sampled_from([0.0, 0.15]),
+    ahead=st.booleans(),
 )
 def test_every_request_ends_with_its_own_tokens(
     seed: int,
@@ -406,6 +501,7 @@ def test_every_request_ends_with_its_own_tokens(
     batch_tokens: int,
     cancels: float,
     failures: float,
+    ahead: bool,
 ) -> None:
     """Random arrivals, prefixes, cancels and failures over a pool that is too small."""
     options = DecodeSettings(
@@ -416,7 +512,12 @@ def test_every_request_ends_with_its_own_tokens(
         remote=RemoteSettings(least_tokens=6, attempts=2, group_wait_seconds=5),
     )
     sim = Simulation(
-        pool_pages=pool_pages, page_size=page_size, max_model_len=60, settings=options, seed=seed
+        pool_pages=pool_pages,
+        page_size=page_size,
+        max_model_len=60,
+        settings=options,
+        seed=seed,
+        ahead=ahead,
     )
     generator = sim.random
     stems = [prompt_of(30, n) for n in range(3)]
