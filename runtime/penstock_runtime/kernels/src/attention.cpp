@@ -61,8 +61,9 @@ class Kernel {
   void run_sections(const Task& task, float* work) const {
     const State total = state(work), part = state(work + state_floats());
     total.reset(rows(task), columns_);
+    take_queries(task, work);
     for (long section = 0; section < sections(task); section++) {
-      run_section(task, section, part, work);
+      walk(task, section, last_position(task) + 1, part, work);
       merge(total, part, rows(task), columns_);
     }
     finish(task, total);
@@ -70,15 +71,8 @@ class Kernel {
 
   // Leaves in `sums` what the task's rows see of one section.
   void run_section(const Task& task, long section, const State& sums, float* work) const {
-    if (call_.pairs) return section_of<Paired>(task, section, sums, work);
-    switch (kv_.element) {
-      case 0:
-        return section_of<Widened<float>>(task, section, sums, work);
-      case 1:
-        return section_of<Widened<bf16>>(task, section, sums, work);
-      default:
-        return section_of<Widened<f16>>(task, section, sums, work);
-    }
+    take_queries(task, work);
+    walk(task, section, end(task, section), sums, work);
   }
 
   void merge_sections(const Task& task, const float* parts, float* work) const {
@@ -94,6 +88,28 @@ class Kernel {
  private:
   long last_position(const Task& task) const {
     return call_.starts[task.segment] + task.first + task.count - 1;
+  }
+
+  long end(const Task& task, long section) const {
+    return std::min((section + 1) * kSection, last_position(task) + 1);
+  }
+
+  void take_queries(const Task& task, float* work) const {
+    if (call_.pairs) return scale_queries(task, buffers<Paired>(work));
+    scale_queries(task, buffers<Widened<float>>(work));
+  }
+
+  // One section, asking for the keys behind it up to `known`.
+  void walk(const Task& task, long section, long known, const State& sums, float* work) const {
+    if (call_.pairs) return section_of<Paired>(task, section, known, sums, work);
+    switch (kv_.element) {
+      case 0:
+        return section_of<Widened<float>>(task, section, known, sums, work);
+      case 1:
+        return section_of<Widened<bf16>>(task, section, known, sums, work);
+      default:
+        return section_of<Widened<f16>>(task, section, known, sums, work);
+    }
   }
 
   // A task's rows: those of its first KV head, of the next one, …; of each a token after the other.
@@ -171,13 +187,12 @@ class Kernel {
   }
 
   template <class Format>
-  void section_of(const Task& task, long section, const State& sums, float* work) const {
+  void section_of(const Task& task, long section, long known, const State& sums,
+                  float* work) const {
     using T = typename Format::Element;
     const Buffers<Format> at = buffers<Format>(work);
     sums.reset(rows(task), columns_);
-    scale_queries<Format>(task, at);
-    const long begin = section * kSection;
-    const long end = std::min(begin + kSection, last_position(task) + 1);
+    const long begin = section * kSection, end = this->end(task, section);
     const PageTable table(call_, task.segment, task.kv_head);
     Pages<T> pages[2];
     table.find(begin, end, pages[0]);
@@ -185,7 +200,7 @@ class Kernel {
       // What comes next is known one turn ahead, so that it can be asked for.
       const Pages<T>& now = pages[turn];
       Pages<T>& next = pages[turn ^ 1];
-      table.find(first + kKeyBlock, end, next);
+      table.find(first + kKeyBlock, known, next);
       if (sizes_.streams(task.count)) {
         few_queries<Format>(task, first, now, next, table, at, sums);
       } else {
@@ -215,15 +230,15 @@ class Kernel {
   // `group` rows of scores over whole panels of packed keys.
   template <class Format>
   void score(int group, const typename Format::Factor* q, const typename Format::Panel* keys,
-             long tokens, float* scores) const {
-    const Panels<typename Format::Panel, 1> panels{keys, kLanes * kv_.key_dim};
+             long tokens, float* scores, Turns* turns = nullptr) const {
+    const Panels<typename Format::Panel, 1> panels{keys, kLanes * kv_.key_dim, 0, 0, turns};
     multiply_rows(group, Interleaved<typename Format::Factor>{q}, panels, kv_.key_dim, scores,
                   kKeyBlock, tokens, Into::store);
   }
 
   template <class Format>
-  static Panels<typename Format::Panel, 1> packed_values(const Buffers<Format>& at) {
-    return {at.values, kLanes * kKeyBlock};
+  static Panels<typename Format::Panel, 1> packed_values(const Buffers<Format>& at, Turns* turns) {
+    return {at.values, kLanes * kKeyBlock, 0, 0, turns};
   }
 
   // Adds `count` values, weighted, to the sums of `group` rows.
@@ -319,17 +334,19 @@ class Kernel {
       Format::keys(keys + t, kv_.key_dim, at.keys + t * kv_.key_dim, [] {});
     }
     Format::values(values, whole, kv_.value_dim, at.values, kLanes * kKeyBlock);
-    const long groups = RowGroup::groups(head_rows(task)), each = (next.count + groups - 1) / groups;
-    long asked = 0;
+    Ahead places[2 * kKeyBlock];
+    table.places(next, places);
+    // A tile of some rows has two panels, of keys and then of columns.
+    Turns turns(places, 2 * next.count,
+                RowGroup::groups(head_rows(task)) * (whole + columns_) / (2 * kLanes));
     for_row_groups(head_rows(task), [&](long row, int group) {
-      for (long i = 0; i < each && asked < next.count; i++) table.ask(next.at[asked++]);
       const long count = std::min(tokens, visible(task, first, row + group - 1));
       if (count <= 0) return;
       const long panels = (count + kLanes - 1) / kLanes;
       score<Format>(group, at.q + row * factors<Format>(kv_.key_dim), at.keys, panels * kLanes,
-                    at.scores);
+                    at.scores, &turns);
       softmax<Format>(task, first, row, group, panels, at, sums);
-      add_values<Format>(group, at.weights, packed_values<Format>(at),
+      add_values<Format>(group, at.weights, packed_values<Format>(at, &turns),
                          round_up(count, Format::kPerFactor), sums.out + row * columns_);
     });
   }

@@ -63,11 +63,13 @@ class PageTable {
     return {page.values + head * kv_.page_size * kv_.value_stride, kv_.value_stride};
   }
 
-  // Asks for the first head's part of a page.
+  // The first head's part of every page, keys and values: two places a page.
   template <class T>
-  void ask(const Page<T>& page) const {
-    ahead(keys(page, 0), page.tokens).ask_all();
-    ahead(values(page, 0), page.tokens).ask_all();
+  void places(const Pages<T>& pages, Ahead* to) const {
+    for (long p = 0; p < pages.count; p++) {
+      to[2 * p] = ahead(keys(pages.at[p], 0), pages.at[p].tokens);
+      to[2 * p + 1] = ahead(values(pages.at[p], 0), pages.at[p].tokens);
+    }
   }
 
  private:

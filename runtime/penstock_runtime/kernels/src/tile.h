@@ -41,6 +41,59 @@ struct Accumulators {
   Native at[R][P * kParts];
 };
 
+// Memory that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a few
+// lines at a time between other work, for it can wait for a few dozen of them at once only. They come
+// into the second level: the first has not enough room for them, and takes them in more slowly.
+class Ahead {
+ public:
+  Ahead() : Ahead(nullptr, 0) {}
+  Ahead(const void* first, long bytes)
+      : at_(static_cast<const char*>(first)), end_(at_ + bytes) {}
+
+  // Asks for the next `bytes`, or more, up to a whole number of kStep.
+  PENSTOCK_INLINE void ask(long bytes) {
+    for (const char* until = at_ + bytes; at_ < until && at_ < end_; at_ += kStep) {
+      _Pragma("GCC unroll 4") for (long i = 0; i < kStep; i += kLine) {
+        __builtin_prefetch(at_ + i, 0, 2);
+      }
+    }
+  }
+
+  void ask_all() { ask(left()); }
+
+  PENSTOCK_INLINE long left() const { return end_ - at_; }
+
+ private:
+  static constexpr long kStep = 4 * kLine;
+
+  const char* at_;
+  const char* end_;
+};
+
+// Several such places, asked for one after the other in about so many turns of other work.
+class Turns {
+ public:
+  Turns(Ahead* places, long count, long turns) : at_(places), end_(places + count) {
+    long bytes = 0;
+    for (long i = 0; i < count; i++) bytes += places[i].left();
+    each_ = bytes / turns + 1;
+  }
+
+  PENSTOCK_INLINE void take() {
+    for (long bytes = each_; bytes > 0 && at_ < end_;) {
+      const long before = at_->left();
+      at_->ask(bytes);
+      bytes -= before - at_->left();
+      if (at_->left() <= 0) at_++;
+    }
+  }
+
+ private:
+  Ahead* at_;
+  Ahead* end_;
+  long each_;
+};
+
 // Panels in memory. Those of a matrix that is read from memory lie two together: what a tile reads is
 // then one run of addresses, which the processor reads ahead further than two.
 template <class T, int kTogether>
@@ -56,12 +109,20 @@ struct Panels {
   // What is asked for meanwhile: so far behind what is read. Reading memory takes as long as a few dozen
   // steps of a product, and twice as long when others read too.
   long ahead = 128 * kTogether * kRow;
+  // Of packed copies, which are near: every tile takes one of these turns.
+  Turns* turns = nullptr;
 
-  Panels operator+(long panels) const { return {base, elements, index + panels, ahead}; }
+  Panels operator+(long panels) const { return {base, elements, index + panels, ahead, turns}; }
   // The same from row k on.
-  Panels below(long k) const { return {base + k * kLanes * kTogether, elements, index, ahead}; }
+  Panels below(long k) const {
+    return {base + k * kLanes * kTogether, elements, index, ahead, turns};
+  }
   // The same, asking for what lies so many panels behind.
-  Panels asking(long panels) const { return {base, elements, index, panels * elements}; }
+  Panels asking(long panels) const { return {base, elements, index, panels * elements, turns}; }
+
+  PENSTOCK_INLINE void begin() const {
+    if (!kFar && turns != nullptr) turns->take();
+  }
 
   PENSTOCK_INLINE const T* first() const {
     return base + index / kTogether * kTogether * elements + index % kTogether * kRow;
@@ -193,32 +254,6 @@ PENSTOCK_INLINE void multiply(const A& a, Panels<bf16, G> b, long k, Accumulator
   }
 }
 
-// Memory that will be read next. Pages lie anywhere, so the processor cannot guess it: it is told, a few
-// lines at a time between other work, for it can wait for a few dozen of them at once only. They come
-// into the second level: the first has not enough room for them, and takes them in more slowly.
-class Ahead {
- public:
-  Ahead(const void* first, long bytes)
-      : at_(static_cast<const char*>(first)), end_(at_ + bytes) {}
-
-  // Asks for the next `bytes`, or more, up to a whole number of kStep.
-  PENSTOCK_INLINE void ask(long bytes) {
-    for (const char* until = at_ + bytes; at_ < until && at_ < end_; at_ += kStep) {
-      _Pragma("GCC unroll 4") for (long i = 0; i < kStep; i += kLine) {
-        __builtin_prefetch(at_ + i, 0, 2);
-      }
-    }
-  }
-
-  void ask_all() { ask(end_ - at_); }
-
- private:
-  static constexpr long kStep = 4 * kLine;
-
-  const char* at_;
-  const char* end_;
-};
-
 // B as it lies in pages, a row behind the other.
 template <class T>
 struct Natural {
@@ -226,6 +261,8 @@ struct Natural {
 
   Evenly<T> rows;
   Ahead* ahead;  // asked for on the way
+
+  PENSTOCK_INLINE void begin() const {}
 
   long row_bytes() const { return rows.stride * static_cast<long>(sizeof(T)); }
   Natural operator+(long panels) const {
@@ -278,6 +315,7 @@ PENSTOCK_INLINE void multiply(const A& a, Natural<T> b, long k, Accumulators<R, 
 // Into::continue_ wants all P · 16.
 template <int R, int P, class A, class B>
 void tile(A a, B b, long k, float* c_first, long c_stride, long columns, Into into) {
+  b.begin();
   Accumulators<R, P> acc;
   if (into == Into::continue_) {
     PENSTOCK_ROWS PENSTOCK_COLUMNS acc.at[r][c] = load(c_first + r * c_stride + c * kWidth);
