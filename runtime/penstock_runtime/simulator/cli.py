@@ -108,7 +108,7 @@ def add_explain_chunks(subparsers: Subparsers) -> None:
 
 def _explain_chunks(args: argparse.Namespace) -> int:
     try:
-        models = _stages(args)
+        models, known_layers = _stages(args)
         question = Question(
             prompt_tokens=args.prompt_tokens,
             cached_tokens=args.cached,
@@ -119,7 +119,7 @@ def _explain_chunks(args: argparse.Namespace) -> int:
             hardware=_hardware(args, models),
         )
         answer = explain(question)
-        layers = args.layers or _known_layers(args, len(models))
+        layers = args.layers or known_layers
         advice = report.layer_advice(question, layers, args.attention_share) if layers else ""
     except (costs.CostsUnknown, ValueError) as error:
         return _wrong(error)
@@ -199,7 +199,7 @@ def add_plan_capacity(subparsers: Subparsers) -> None:
 
 def _plan_capacity(args: argparse.Namespace) -> int:
     try:
-        models = _stages(args)
+        models, _ = _stages(args)
         group = GroupModel(
             costs=_costs(models),
             chunks=_chunks(args),
@@ -337,20 +337,16 @@ def _pipeline_options(parser: argparse.ArgumentParser) -> None:
     a("--noise", type=_at_least_zero, default=0.0, metavar="SIGMA", help="of the log of step times")
 
 
-def _stages(args: argparse.Namespace) -> tuple[StageModel, ...]:
+def _stages(args: argparse.Namespace) -> tuple[tuple[StageModel, ...], Sequence[float]]:
+    """Return a model of each stage, and how many layers it has, where that is known."""
     if args.cost:
-        found = [costs.from_text(text) for text in args.cost]
+        found = costs.Measured([costs.from_text(text) for text in args.cost], [])
     elif args.cost_file:
         found = costs.from_file(args.cost_file)
     else:
         found = costs.from_worker(args.group)
-    return costs.for_stages(found, args.stages)
-
-
-def _known_layers(args: argparse.Namespace, stages: int) -> Sequence[float]:
-    """Return what a running group says of its stages' layers; none if some are away."""
-    known = costs.layers_of_worker(args.group) if args.group else []
-    return known if len(known) == stages > 1 else []
+    models = costs.for_stages(found.models, args.stages)
+    return models, found.layers if len(found.layers) == len(models) > 1 else []
 
 
 def _costs(models: Sequence[StageModel]) -> tuple[Cost, ...]:

@@ -6,6 +6,7 @@ import json
 import re
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
@@ -50,6 +51,15 @@ class _State(Struct):
     layers_per_stage: list[float] = []
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is known of a group's stages."""
+
+    models: list[StageModel]
+    layers: list[float]
+    """Of each stage; none if nobody says, or if some stages are away."""
+
+
 def from_text(text: str) -> StageModel:
     """Read "c=0.01,b=2e-5,a=1e-10". Raises CostsUnknown."""
     pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
@@ -62,43 +72,27 @@ def from_text(text: str) -> StageModel:
         ) from error
 
 
-def from_file(path: Path) -> list[StageModel]:
-    """Read a JSON object of coefficients, or a list of one for each stage. Raises CostsUnknown."""
+def from_file(path: Path) -> Measured:
+    """Read a JSON object of coefficients, or a list of one for each stage; or a /state.
+
+    Raises CostsUnknown.
+    """
     try:
         return _from_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CostsUnknown(f"cannot read {path}: {error.strerror}") from error
 
 
-def from_worker(address: str) -> list[StageModel]:
+def from_worker(address: str) -> Measured:
     """Ask stage 0 of a running group, at http://host:port, or its /state or /metrics.
 
     Raises CostsUnknown.
     """
-    url = _state_of(address)
+    url = address if urlsplit(address).path.strip("/") else address.rstrip("/") + "/state"
     data = fetch(url, limit=_STATE_BYTES)
     if urlsplit(url).path.endswith("/metrics"):
         return _from_metrics(data.decode(errors="replace"), url)
     return _from_json(data, url)
-
-
-def layers_of_worker(address: str) -> list[float]:
-    """Return the layers of each stage, asked for as by `from_worker`; none if it does not say.
-
-    Raises CostsUnknown.
-    """
-    url = _state_of(address)
-    if urlsplit(url).path.endswith("/metrics"):
-        return []
-    data = fetch(url, limit=_STATE_BYTES)
-    try:
-        return msgspec.json.decode(data, type=_State).layers_per_stage
-    except msgspec.MsgspecError as error:
-        raise CostsUnknown(f"{url} does not describe a prefill group: {error}") from error
-
-
-def _state_of(address: str) -> str:
-    return address if urlsplit(address).path.strip("/") else address.rstrip("/") + "/state"
 
 
 def fetch(url: str, *, limit: int) -> bytes:
@@ -115,11 +109,13 @@ def fetch(url: str, *, limit: int) -> bytes:
     return data
 
 
-def _from_json(data: bytes, where: str) -> list[StageModel]:
+def _from_json(data: bytes, where: str) -> Measured:
+    layers: list[float] = []
     try:
         loaded = json.loads(data)
         if isinstance(loaded, dict) and "costs" in loaded:
-            found = msgspec.convert(loaded, _State).costs
+            state = msgspec.convert(loaded, _State)
+            found, layers = state.costs, state.layers_per_stage
         elif isinstance(loaded, list):
             found = msgspec.convert(loaded, list[_Coefficients])
         else:
@@ -129,10 +125,13 @@ def _from_json(data: bytes, where: str) -> list[StageModel]:
             f"{where} has no cost coefficients (c, b, a, gamma of each stage): {error}; "
             "only stage 0 of a group knows them"
         ) from error
-    return _checked([entry.model() for entry in found], where)
+    if not 1 <= len(found) <= MAX_STAGES:
+        raise CostsUnknown(f"{where} describes {len(found)} stages, not 1 to {MAX_STAGES}")
+    known = layers if len(layers) == len(found) else []
+    return Measured([entry.model() for entry in found], known)
 
 
-def _from_metrics(text: str, where: str) -> list[StageModel]:
+def _from_metrics(text: str, where: str) -> Measured:
     stages: dict[int, dict[str, float]] = {}
     for labels, value in _METRIC.findall(text):
         named = dict(_LABEL.findall(labels))
@@ -142,12 +141,6 @@ def _from_metrics(text: str, where: str) -> list[StageModel]:
             raise CostsUnknown(f"{where}: strange metric {labels!r}: {error}") from error
     ordered = [stages[stage] for stage in sorted(stages)]
     return _from_json(json.dumps({"costs": ordered}).encode(), where)
-
-
-def _checked(models: list[StageModel], where: str) -> list[StageModel]:
-    if not 1 <= len(models) <= MAX_STAGES:
-        raise CostsUnknown(f"{where} describes {len(models)} stages, not 1 to {MAX_STAGES}")
-    return models
 
 
 def for_stages(models: Sequence[StageModel], stages: int | None) -> tuple[StageModel, ...]:

@@ -12,6 +12,7 @@ import pytest
 from penstock_runtime.engine.compute import Compute
 from penstock_runtime.engine.decode import DecodeEngine
 from penstock_runtime.engine.runner import DecodeRunner
+from penstock_runtime.engine.streams import streams_of
 from penstock_runtime.kvcache.pool import PagePool
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.scheduler.decode import DecodeScheduler, DecodeSettings
@@ -41,7 +42,8 @@ async def running_engine(
     )
     settings = DecodeSettings(max_running=7, max_batch_tokens=chunk, steps_out=steps_out)
     memory = PoolTensor(layout, 400, dtype=model.dtype, device=model.device)
-    pool, compute = PagePool(memory.pages, page_size), Compute(threads)
+    pool = PagePool(memory.pages, page_size)
+    compute = Compute(threads, streams_of(model.device))
     engine = DecodeEngine(
         scheduler=DecodeScheduler(pool, 200, settings),
         pool=pool,

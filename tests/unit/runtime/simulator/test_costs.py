@@ -47,9 +47,17 @@ def test_strange_flags(text: str) -> None:
 def test_a_file_of_one_stage_or_of_several(tmp_path: Path) -> None:
     file = tmp_path / "costs.json"
     file.write_text(json.dumps(STATE["costs"]), encoding="utf-8")
-    assert costs.from_file(file) == MODELS
+    assert costs.from_file(file) == costs.Measured(MODELS, [])
     file.write_text(json.dumps({"c": 0.02, "b": 2e-5, "a": 2e-10}), encoding="utf-8")
-    assert costs.from_file(file) == MODELS[1:]
+    assert costs.from_file(file) == costs.Measured(MODELS[1:], [])
+
+
+def test_a_file_may_be_a_worker_s_state(tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    file.write_text(json.dumps(STATE), encoding="utf-8")
+    assert costs.from_file(file) == costs.Measured(MODELS, [8.5, 7.5])
+    file.write_text(json.dumps(STATE | {"layers_per_stage": [8.5]}), encoding="utf-8")
+    assert costs.from_file(file).layers == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '[{"c": -1, "b": 1}]', '{"costs": 3}', "[1]"])
@@ -112,15 +120,9 @@ def worker() -> Iterator[str]:
 
 @pytest.mark.parametrize("path", ["", "/", "/state", "/metrics"])
 def test_what_a_group_measured(worker: str, path: str) -> None:
-    assert costs.from_worker(worker + path) == MODELS
-
-
-def test_the_layers_of_a_group(worker: str) -> None:
-    assert costs.layers_of_worker(worker) == [8.5, 7.5]
-    assert costs.layers_of_worker(worker + "/state") == [8.5, 7.5]
-    assert costs.layers_of_worker(worker + "/metrics") == []
-    with pytest.raises(CostsUnknown, match="does not describe a prefill group"):
-        costs.layers_of_worker(worker + "/idle/state")
+    measured = costs.from_worker(worker + path)
+    assert measured.models == MODELS
+    assert measured.layers == ([] if path == "/metrics" else [8.5, 7.5])
 
 
 @pytest.mark.parametrize(
