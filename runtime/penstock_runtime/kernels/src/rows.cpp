@@ -10,12 +10,14 @@ namespace {
 
 constexpr long kFewElements = 1 << 14;  // below, a second thread costs more than it saves
 
-// Turns pairs that lie side by side by angles given as (cosine, sine).
+// Turns pairs that lie side by side by angles given as (cosine, sine). Fused by name: of a c - b s and
+// a s + b c side by side g++ makes one instruction that fuses them on x86-64 (vfmaddsub), whatever
+// -ffp-contract says, and only where it vectorizes.
 PENSTOCK_INLINE void rotate(float* x, const float* rotation, long key_dim) {
   for (long i = 0; i < key_dim; i += 2) {
     const float a = x[i], b = x[i + 1], c = rotation[i], s = rotation[i + 1];
-    x[i] = a * c - b * s;
-    x[i + 1] = a * s + b * c;
+    x[i] = __builtin_fmaf(a, c, -(b * s));
+    x[i + 1] = __builtin_fmaf(a, s, b * c);
   }
 }
 

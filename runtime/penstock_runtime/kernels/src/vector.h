@@ -212,6 +212,14 @@ PENSTOCK_INLINE void store_some(float* p, const Vec& v, long count) {
 
 // --- narrow element types ---------------------------------------------------------------------
 
+#if !defined(__F16C__)
+#if defined(__aarch64__)
+using Half = __fp16;  // g++ knows _Float16 there from version 13 on
+#else
+using Half = _Float16;
+#endif
+#endif
+
 PENSTOCK_INLINE float widen(float x) { return x; }
 
 PENSTOCK_INLINE float widen(bf16 x) {
@@ -225,7 +233,7 @@ PENSTOCK_INLINE float widen(f16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  _Float16 h;
+  Half h;
   std::memcpy(&h, &x.bits, sizeof h);
   return static_cast<float>(h);
 #endif
@@ -245,7 +253,7 @@ PENSTOCK_INLINE void narrow(float x, f16* to) {
 #if defined(__F16C__)
   to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
-  const _Float16 h = static_cast<_Float16>(x);
+  const Half h = static_cast<Half>(x);
   std::memcpy(&to->bits, &h, sizeof h);
 #endif
 }
