@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "src"
 LIBRARIES = HERE / "lib"
 COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = (
+FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp"),
     # Every copy of a formula must round alike: no contraction by the compiler's own choice.
     *("-ffp-contract=off", "-fno-math-errno"),
@@ -78,7 +78,7 @@ def levels() -> tuple[Level, ...]:
 def source_digest() -> str:
     """Return the digest of everything that a library is made from."""
     hasher = hashlib.blake2b(digest_size=16)
-    for part in (*_FLAGS, *(flag for level in levels() for flag in level.flags)):
+    for part in (*FLAGS, *(flag for level in levels() for flag in level.flags)):
         hasher.update(part.encode() + b"\0")
     for file in sorted(SOURCES.iterdir()):
         content = file.read_bytes()
@@ -117,7 +117,7 @@ def _compile(compiler: str, level: Level, digest: str) -> str:
     with tempfile.TemporaryDirectory(dir=LIBRARIES) as folder:
         made = Path(folder) / level.library.name
         command = [
-            *(compiler, *_FLAGS, *level.flags, f'-DPENSTOCK_SOURCE_DIGEST="{digest}"'),
+            *(compiler, *FLAGS, *level.flags, f'-DPENSTOCK_SOURCE_DIGEST="{digest}"'),
             # The OpenMP runtime stays an undefined symbol.
             *("-c", str(SOURCES / "all.cpp"), "-o", f"{made}.o"),
         ]

@@ -1,0 +1,18 @@
+"""The kernels give the same bits at every level of instructions that this processor has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .built import built_kernels
+from .levels import differences, results, usable_levels
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_all_levels_give_the_same_bits(tmp_path: Path) -> None:
+    built_kernels()
+    first, *others = [results(level, tmp_path) for level in usable_levels()]
+    assert len(first) == 44
+    assert not any(differences(first, other) for other in others)
