@@ -18,7 +18,7 @@ from penstock_runtime.attention.paged_cpu import PagedCpuAttention, Timings
 from penstock_runtime.cuda_device import find_device
 from penstock_runtime.engine.compute import Compute
 from penstock_runtime.engine.cuda_graphs import cuda_capture
-from penstock_runtime.engine.decode import DecodeEngine
+from penstock_runtime.engine.decode import DecodeEngine, steps_out_on
 from penstock_runtime.engine.runner import DecodeRunner
 from penstock_runtime.engine.streams import streams_of
 from penstock_runtime.kernels.limits import measure_limits
@@ -57,12 +57,11 @@ class Engine:
         model, memory = self._run(_load, options, found)
         if isinstance(model.attention, PagedCpuAttention):
             self._timings = model.attention.timings = Timings()
-        on_cuda = found.type == "cuda"
         settings = DecodeSettings(
-            max_batch_tokens=options.chunk_tokens, steps_out=2 if on_cuda else 1
+            max_batch_tokens=options.chunk_tokens, steps_out=steps_out_on(found.type)
         )
         graphs = None
-        if on_cuda:
+        if found.type == "cuda":
             graphs = self._run(_prepare, options, model, memory, settings.max_running)
         pool = PagePool(memory.pages - 1 if graphs else memory.pages, PAGE_SIZE)
         self._engine = DecodeEngine(

@@ -69,6 +69,15 @@ FailureCode: TypeAlias = Literal[
 ]
 
 
+def steps_out_on(device_type: str) -> int:
+    """Return how many steps a decode worker gives out at a time (`DecodeSettings.steps_out`).
+
+    A device would wait for the host. On the CPU the host's work, done beside a step, only takes
+    cores from it: see the runtime's DESIGN.md.
+    """
+    return 2 if device_type == "cuda" else 1
+
+
 @dataclass(slots=True)
 class DecodeStats:
     """Counters since the start, for metrics."""

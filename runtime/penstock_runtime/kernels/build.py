@@ -75,6 +75,11 @@ def levels() -> tuple[Level, ...]:
     return _LEVELS.get(platform.machine(), ())
 
 
+def find_compiler() -> str | None:
+    """Return where a C++ compiler is, if there is one."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
 def source_digest() -> str:
     """Return the digest of everything that a library is made from."""
     hasher = hashlib.blake2b(digest_size=16)
@@ -93,7 +98,7 @@ def build() -> list[Path]:
     """
     if not levels():
         raise BuildError(f"there are no kernels for a processor of kind {platform.machine()!r}")
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    compiler = find_compiler()
     if compiler is None:
         raise BuildError(
             f"no C++ compiler found ({', '.join(COMPILERS)}): install one, for example g++ 11 or "

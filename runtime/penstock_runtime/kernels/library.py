@@ -17,6 +17,12 @@ class KernelsUnavailable(PenstockRuntimeError):  # noqa: N818 - it names the sta
     """The kernels cannot be used in this process. Says why, and what would help."""
 
 
+def usable_levels() -> list[Level]:
+    """Return the levels of this processor, the fastest first; none if it is of an unknown kind."""
+    capabilities = torch.cpu.get_capabilities()
+    return [level for level in levels() if all(map(capabilities.get, level.capabilities))]
+
+
 @cache
 def load() -> tuple[Level, ctypes.CDLL]:
     """Return the library for this processor and its level.
@@ -28,8 +34,7 @@ def load() -> tuple[Level, ctypes.CDLL]:
         KernelsUnavailable: there is no library, it was made from other sources than those beside
             it, or it cannot be loaded.
     """
-    capabilities = torch.cpu.get_capabilities()
-    usable = [level for level in levels() if all(map(capabilities.get, level.capabilities))]
+    usable = usable_levels()
     if not usable:
         raise KernelsUnavailable("there are no kernels for this kind of processor")
     built = [level for level in usable if level.library.exists()]

@@ -9,6 +9,7 @@ import torch
 
 from penstock_runtime.cuda_device import find_device
 from penstock_runtime.engine.cuda_graphs import cuda_capture
+from penstock_runtime.engine.decode import steps_out_on
 from penstock_runtime.engine.kv_writer import KvWriter, StageIdentity
 from penstock_runtime.engine.ring import ActivationRing
 from penstock_runtime.engine.runner import DecodeRunner, StageRunner
@@ -239,9 +240,7 @@ class Builder:
             settings=DecodeSettings(
                 max_running=settings.max_batch,
                 max_batch_tokens=self._step_tokens(),
-                # A device would wait for the host. On the CPU the host's work, done beside a step,
-                # only takes cores from it: see the runtime's DESIGN.md.
-                steps_out=2 if settings.device == "cuda" else 1,
+                steps_out=steps_out_on(settings.device),
                 remote=RemoteSettings(
                     least_tokens=settings.local_prefill_tokens + 1,
                     group_wait_seconds=settings.group_wait_seconds,

@@ -46,7 +46,7 @@ struct Accumulators {
 // into the second level: the first has not enough room for them, and takes them in more slowly.
 class Ahead {
  public:
-  Ahead() : Ahead(nullptr, 0) {}
+  Ahead() = default;  // to be assigned
   Ahead(const void* first, long bytes)
       : at_(static_cast<const char*>(first)), end_(at_ + bytes) {}
 
@@ -58,8 +58,6 @@ class Ahead {
       }
     }
   }
-
-  void ask_all() { ask(left()); }
 
   PENSTOCK_INLINE long left() const { return end_ - at_; }
 

@@ -20,15 +20,18 @@ from penstock_runtime.engine.sampler import SamplingRow
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.config import ModelConfig
 from penstock_runtime.model.fused import FlashInferKernels
-from penstock_runtime.model.transformer import Transformer, attention_shape
+from penstock_runtime.model.transformer import attention_shape
 from penstock_runtime.scheduler.batch import Batch, BatchSegment
 from penstock_wire.messages import Sampling
 from tests.integration.system import checkpoint
 from tests.unit.runtime import fake_flashinfer
+from tests.unit.runtime.model.checkpoints import whole_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from penstock_runtime.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 PAGE, PAGES, MAX_BATCH, MAX_TOKENS = 4, 40, 6, 32
@@ -46,16 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     path: Path = checkpoint.make(tmp_path_factory.mktemp("model"))
     config = ModelConfig.from_directory(path)
     shape = attention_shape(config, torch.float32, CPU)
-    model = Transformer.load(
-        path,
-        config,
-        layers=(0, config.layers),
-        embed=True,
-        head=True,
-        dtype=torch.float32,
-        device=CPU,
-        attention=FlashInferAttention(fake_flashinfer, shape, CPU),
-    )
+    model = whole_model(path, attention=FlashInferAttention(fake_flashinfer, shape, CPU))
     model.kernels = FlashInferKernels(fake_flashinfer)
     return model
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from penstock_runtime.model.config import ModelConfig
-from penstock_runtime.model.transformer import Transformer
 from penstock_wire.messages import Generate, Sampling, Tokens, pack_tokens
 from tests.unit.runtime.engine.decode_engines import Output, generate, running_engine
 from tests.unit.runtime.kernels.built import built_kernels
-from tests.unit.runtime.model.checkpoints import CONFIGS, VOCAB, save
+from tests.unit.runtime.model.checkpoints import CONFIGS, VOCAB, save, whole_model
 
 if TYPE_CHECKING:
     from penstock_wire.messages import Message
@@ -28,17 +26,7 @@ def model(request, tmp_path_factory):
     built_kernels()
     path = tmp_path_factory.mktemp("model")
     save(CONFIGS[request.param], path)
-    config = ModelConfig.from_directory(path)
-    return Transformer.load(
-        path,
-        config,
-        layers=(0, config.layers),
-        embed=True,
-        head=True,
-        dtype=DTYPES[request.param],
-        device=torch.device("cpu"),
-        kernels="native",
-    )
+    return whole_model(path, DTYPES[request.param], kernels="native")
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from penstock_runtime.engine.runner import DecodeRunner
-from penstock_runtime.model.config import ModelConfig
-from penstock_runtime.model.transformer import Transformer
 from penstock_wire.messages import Failed, Generate, Sampling, pack_tokens
 from tests.unit.runtime.engine.decode_engines import Output, generate, running_engine
-from tests.unit.runtime.model.checkpoints import CONFIGS, VOCAB, save
+from tests.unit.runtime.model.checkpoints import CONFIGS, VOCAB, save, whole_model
 
 if TYPE_CHECKING:
     from penstock_wire.messages import Message
@@ -27,17 +25,7 @@ OUTPUT = 20
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     save(CONFIGS["llama"], path)
-    config = ModelConfig.from_directory(path)
-    return Transformer.load(
-        path,
-        config,
-        layers=(0, config.layers),
-        embed=True,
-        head=True,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        kernels="torch",
-    )
+    return whole_model(path, kernels="torch")
 
 
 @pytest.fixture(scope="module")

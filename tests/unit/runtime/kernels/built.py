@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import cache
 
 import pytest
@@ -22,6 +21,6 @@ def built_kernels() -> Kernels:
     try:
         return _kernels()
     except KernelsUnavailable as error:
-        if not any(map(shutil.which, build.COMPILERS)):
+        if build.find_compiler() is None:
             pytest.skip(f"no C++ compiler here, so {error}")
         pytest.fail(f"there is a C++ compiler here, but {error}", pytrace=False)

@@ -16,9 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from penstock_runtime.kernels import build
+from penstock_runtime.kernels.library import usable_levels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,20 +29,9 @@ ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 _SECONDS = 300
 
 
-def usable_levels() -> list[Level]:
-    """Return the levels of this processor, the fastest first."""
-    capabilities = torch.cpu.get_capabilities()
-    return [level for level in build.levels() if all(map(capabilities.get, level.capabilities))]
-
-
-def compiler() -> str | None:
-    """Return the compiler that the kernels are built with here."""
-    return next(filter(None, map(shutil.which, build.COMPILERS)), None)
-
-
 def results(level: Level, folder: Path) -> list[str]:
     """Return what the driver prints over a built library."""
-    program, command = folder / level.name, compiler()
+    program, command = folder / level.name, build.find_compiler()
     assert command is not None
     library = level.library
     _run(

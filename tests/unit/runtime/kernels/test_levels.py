@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from penstock_runtime.kernels.library import usable_levels
+
 from .built import built_kernels
-from .levels import differences, results, usable_levels
+from .levels import differences, results
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -93,7 +93,8 @@ def compile_c(folder: Path, level: Level, code: str) -> None:
     source = folder / "library.c"
     source.write_text(code)
     target = folder / level.library.name
-    compiler = next(filter(None, map(shutil.which, build.COMPILERS)))
+    compiler = build.find_compiler()
+    assert compiler is not None
     options = ["-x", "c", "-shared", "-fPIC", "-Wl,-z,now"]
     subprocess.run([compiler, *options, str(source), "-o", str(target)], check=True)
 

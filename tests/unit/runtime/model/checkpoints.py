@@ -14,6 +14,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from penstock_runtime.model.config import ModelConfig
+from penstock_runtime.model.transformer import Transformer
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -23,6 +26,21 @@ MAX_TOKENS = 96
 INITIALIZER_RANGE = 0.2
 """Far from uniform attention, yet well conditioned: at 0.3 the layers amplify rounding so much that
 transformers' own float32 logits are 9e-5 from its float64 ones."""
+
+
+def whole_model(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Transformer:
+    """Load all layers of a checkpoint, embedding and head, on the CPU."""
+    config = ModelConfig.from_directory(path)
+    return Transformer.load(
+        path,
+        config,
+        layers=(0, config.layers),
+        embed=True,
+        head=True,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        **options,
+    )
 
 
 def shape(**changes: Any) -> dict[str, Any]:

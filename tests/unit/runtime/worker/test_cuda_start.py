@@ -14,17 +14,19 @@ from penstock_runtime.errors import ConfigurationError
 from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.memory import out_of_memory
 from penstock_runtime.model.config import ModelConfig
-from penstock_runtime.model.transformer import Transformer, attention_shape
+from penstock_runtime.model.transformer import attention_shape
 from penstock_runtime.worker import prepare
 from penstock_runtime.worker.settings import KvMemory, parse
 from tests.integration.system import checkpoint
 from tests.unit.runtime import fake_flashinfer
+from tests.unit.runtime.model.checkpoints import whole_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from penstock_runtime.engine.cuda_graphs import DecodeGraphs
+    from penstock_runtime.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 REQUIRED = [
@@ -102,16 +104,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     path: Path = checkpoint.make(tmp_path_factory.mktemp("model"))
     config = ModelConfig.from_directory(path)
     shape = attention_shape(config, torch.float32, CPU)
-    return Transformer.load(
-        path,
-        config,
-        layers=(0, config.layers),
-        embed=True,
-        head=True,
-        dtype=torch.float32,
-        device=CPU,
-        attention=FlashInferAttention(fake_flashinfer, shape, CPU),
-    )
+    return whole_model(path, attention=FlashInferAttention(fake_flashinfer, shape, CPU))
 
 
 def take(model: Transformer, memory: KvMemory, free: int = 0) -> PoolTensor:
