@@ -3,7 +3,8 @@
     PenstockRuntimeError
     ├── ConfigurationError     a setting or the model cannot be served: fix it and start again
     ├── PipelineBroken         an epoch of a prefill group ended: a newer one will be formed
-    ├── RankLost               another rank of this worker ended: the worker ends, too
+    ├── RankLost               the ranks of this worker are out of step: the worker ends, too
+    ├── DeviceFailed           the device reported an error: the worker ends
     └── KernelsUnavailable     (kernels.library) the C++ kernels cannot be used: torch's can
 
 Transfers raise `transfer.base.TransferError`, control links `penstock_wire.sockets.LinkDown`.
@@ -25,4 +26,8 @@ class PipelineBroken(PenstockRuntimeError):  # noqa: N818 - it names the event
 
 
 class RankLost(PenstockRuntimeError):  # noqa: N818 - it names the event
-    """Another rank of this worker ended: what they compute together cannot go on."""
+    """A rank ended, or failed within a step: what they compute together cannot go on."""
+
+
+class DeviceFailed(PenstockRuntimeError):  # noqa: N818 - it names the event
+    """A device reported an error that is not for want of memory: it computes nothing any more."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
 import torch
 
 from penstock_runtime.engine.streams import HostStreams
+from penstock_runtime.errors import DeviceFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +96,7 @@ class Compute:
         """Return function(*args), computed on the thread, its kernels included.
 
         If the caller is cancelled, a function that has begun still runs to its end; `settle` waits
-        for it.
+        for it. Raises DeviceFailed, or what the function raises.
         """
         return (await self.timed(function, *args, **kwargs)).result
 
@@ -125,6 +126,9 @@ class Compute:
                 result = function(*args, **kwargs)
                 self.streams.wait()
             return Timed(result, begin, time.perf_counter())
+        except torch.AcceleratorError as error:
+            # The process's context is lost with it: whatever comes next would fail with the same.
+            raise DeviceFailed(f"the device failed: {error}") from error
         finally:
             self.busy_seconds += time.perf_counter() - begin
 

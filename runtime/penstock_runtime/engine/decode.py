@@ -284,7 +284,11 @@ class DecodeEngine:
     # --- the loop ------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Admit, compute and stream for ever."""
+        """Admit, compute and stream for ever.
+
+        Raises RankLost or DeviceFailed: this worker must end. Requests are not told: their routers
+        lose the worker and send them to another.
+        """
         while True:
             self._wake.clear()
             await self._finish()

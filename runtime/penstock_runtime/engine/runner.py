@@ -6,6 +6,7 @@ With tensor parallelism rank 0 tells the others each step, and then all compute 
 from __future__ import annotations
 
 from array import array
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,16 @@ import torch
 from penstock_runtime.attention.base import Segment
 from penstock_runtime.engine.rank_step import NoFollowers, RankStep
 from penstock_runtime.engine.sampler import SamplingRow, sample
+from penstock_runtime.errors import RankLost
 from penstock_runtime.model.layers import WantedRows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from penstock_runtime.engine.cuda_graphs import DecodeGraphs
     from penstock_runtime.engine.rank_step import Followers
     from penstock_runtime.kvcache.tensors import PoolTensor
+    from penstock_runtime.model.collective import Collective
     from penstock_runtime.model.transformer import Transformer
     from penstock_runtime.scheduler.batch import Batch
     from penstock_wire.messages import TokenOut
@@ -53,16 +56,18 @@ class StageRunner:
         Args:
             hidden_or_tokens: token ids (T,) if this stage embeds, else hidden states (T, D).
             segments: the chunks, in the order of the rows.
+
+        Raises RankLost if several ranks compute and one cannot.
         """
         inputs = hidden_or_tokens.to(self._model.device)
-        if self._embeds:
-            tokens = hidden_or_tokens.to(torch.int32).numpy().tobytes()
-            self._followers.tell(RankStep.of(segments, tokens, self._wanted))
-            hidden_TD = self._model.embed(inputs)
-        else:
-            self._followers.tell(RankStep.of(segments, b"", self._wanted))
-            hidden_TD = self._model.ranks.share(inputs)
-        return forward(self._model, self._pool, hidden_TD, segments, self._wanted)
+        tokens = hidden_or_tokens.to(torch.int32).numpy().tobytes() if self._embeds else b""
+        self._followers.tell(RankStep.of(segments, tokens, self._wanted))
+        with _in_step(self._model.ranks):
+            if self._embeds:
+                hidden_TD = self._model.embed(inputs)
+            else:
+                hidden_TD = self._model.ranks.share(inputs)
+            return forward(self._model, self._pool, hidden_TD, segments, self._wanted)
 
 
 class DecodeRunner:
@@ -90,7 +95,9 @@ class DecodeRunner:
     def step(self, batch: Batch, rows: Sequence[SamplingRow]) -> list[TokenOut]:
         """Compute a batch; return the chosen token of each of `batch.sampled`, in order.
 
-        Raises BrokenLogits if the model gives no number to choose by.
+        Raises:
+            BrokenLogits: the model gives no number to choose by.
+            RankLost: several ranks compute and one cannot.
         """
         # What failed chooses nothing, so that a batch made behind it fails, too.
         chosen, self._chosen = self._chosen, {}
@@ -105,7 +112,8 @@ class DecodeRunner:
             if segment.sample:
                 last.append(row)
         self._followers.tell(RankStep.of(segments, tokens, last))
-        logits = self._logits(_ids(tokens), segments, last)
+        with _in_step(self._model.ranks):
+            logits = self._logits(_ids(tokens), segments, last)
         if not last:
             return []
         rows = [
@@ -180,6 +188,23 @@ def forward(
 def positions_of(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
     """Return the positions of the segments' tokens, in batch order, int64 (T,)."""
     return torch.cat([torch.arange(s.start, s.start + s.length) for s in segments]).to(device)
+
+
+@contextmanager
+def _in_step(ranks: Collective) -> Iterator[None]:
+    """Raise RankLost for whatever fails while several ranks compute a step.
+
+    Either another rank is gone, which gloo may report before its end is noticed, or this one leaves
+    the others in the middle of the step: then their next sum would not be that of the next step.
+    """
+    try:
+        yield
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        raise RankLost(
+            f"a step that {ranks.size} ranks compute together failed: {error}"
+        ) from error
 
 
 def _ids(tokens: bytes) -> torch.Tensor:

@@ -242,6 +242,10 @@ class GrantLedger:
         """Return how many tokens, from the first, lie here. Raises UnknownGrantError."""
         return self._entry(grant).tokens()
 
+    def progress(self) -> list[tuple[int, int]]:
+        """Return each open grant's tokens: how many, from the first, lie here; how many will."""
+        return [(entry.tokens(), entry.end) for entry in self._open.values()]
+
     def is_open(self, grant: int) -> bool:
         """Tell whether stages may still write for this grant and are waited for."""
         return grant in self._open

@@ -158,6 +158,10 @@ class DecodeWorker:
             "requests": stats.requests,
             "remote_prefills": stats.remote_prefills,
             "remote_cuts": stats.remote_cuts,
+            "arriving": [
+                {"delivered": delivered, "tokens": tokens}
+                for delivered, tokens in self._ledger.progress()
+            ],
             "compute_seconds": stats.compute_seconds,
             "pages": {name: getattr(counts, name) for name in counts.__slots__},
         }

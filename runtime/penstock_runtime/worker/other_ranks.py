@@ -130,7 +130,10 @@ class RankProcesses:
             raise _lost(*ends[done.pop()])
 
     async def close(self) -> None:
-        """Close the pipes, which ends the ranks; kill those that do not end."""
+        """Close the pipes, which ends the ranks; kill those that do not end.
+
+        Logs how those ended that failed: a step that fails may be noticed before its rank's end.
+        """
         self._closing = True
         for pipe in self._pipes:
             os.close(pipe)
@@ -145,6 +148,9 @@ class RankProcesses:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
+        for process, setup in zip(self._processes, self._setups, strict=True):
+            if process.returncode:
+                log.error("%s", _lost(process, setup))
 
 
 def _send(pipe: int, data: bytes) -> None:

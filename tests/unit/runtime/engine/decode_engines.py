@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,14 +20,14 @@ from penstock_runtime.transfer.ownership import GrantLedger
 from penstock_wire.messages import Generate, Sampling, Tokens, pack_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from penstock_runtime.model.transformer import Transformer
     from penstock_wire.messages import Message
 
 
-@asynccontextmanager
-async def running_engine(
+@contextmanager
+def new_engine(
     model: Transformer,
     *,
     chunk: int = 64,
@@ -35,8 +35,8 @@ async def running_engine(
     page_size: int = 8,
     steps_out: int = 1,
     runner: type[DecodeRunner] = DecodeRunner,
-) -> AsyncIterator[DecodeEngine]:
-    """Run an engine without prefill groups."""
+) -> Iterator[DecodeEngine]:
+    """Make an engine without prefill groups."""
     layout = model.config.kv_layout(
         layers=(0, model.num_layers), page_size=page_size, dtype=model.dtype
     )
@@ -44,7 +44,7 @@ async def running_engine(
     memory = PoolTensor(layout, 400, dtype=model.dtype, device=model.device)
     pool = PagePool(memory.pages, page_size)
     compute = Compute(threads, streams_of(model.device))
-    engine = DecodeEngine(
+    yield DecodeEngine(
         scheduler=DecodeScheduler(pool, 200, settings),
         pool=pool,
         ledger=GrantLedger(pool),
@@ -53,13 +53,19 @@ async def running_engine(
         model_digest="test",
         open_group=lambda *_: pytest.fail("no prefill group was announced"),
     )
-    loop = asyncio.create_task(engine.run())
-    try:
-        yield engine
-    finally:
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
-        compute.close()
+    compute.close()
+
+
+@asynccontextmanager
+async def running_engine(model: Transformer, **options: Any) -> AsyncIterator[DecodeEngine]:
+    """Run an engine, made with the options of `new_engine`."""
+    with new_engine(model, **options) as engine:
+        loop = asyncio.create_task(engine.run())
+        try:
+            yield engine
+        finally:
+            loop.cancel()
+            await asyncio.gather(loop, return_exceptions=True)
 
 
 async def generate(

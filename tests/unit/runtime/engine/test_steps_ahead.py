@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from penstock_runtime.engine.runner import DecodeRunner
-from penstock_wire.messages import Failed, Generate, Sampling, pack_tokens
+from penstock_wire.messages import Generate, Sampling, pack_tokens
 from tests.unit.runtime.engine.decode_engines import Output, generate, running_engine
 from tests.unit.runtime.model.checkpoints import CONFIGS, VOCAB, save, whole_model
-
-if TYPE_CHECKING:
-    from penstock_wire.messages import Message
 
 OUTPUT = 20
 
@@ -131,36 +127,3 @@ async def test_tokens_are_streamed_while_the_next_step_is_computed(model, prompt
         assert len(output.tokens) == 1
         gate.passes.release(9)
         await output.ended
-
-
-async def test_a_step_that_fails_ends_the_requests_of_both(model, prompts):
-    class Failing(DecodeRunner):
-        calls = 0
-
-        def step(self, batch, rows):
-            self.calls += 1
-            if self.calls == 3:
-                raise RuntimeError("out of registers")
-            return super().step(batch, rows)
-
-    sampling = Sampling(seed=0, temperature=0, max_tokens=9)
-    failures: asyncio.Queue[Failed] = asyncio.Queue()
-
-    def take(*messages: Message) -> None:
-        for message in messages:
-            if isinstance(message, Failed):
-                failures.put_nowait(message)
-
-    async with running_engine(model, steps_out=2, runner=Failing) as engine, asyncio.timeout(30):
-        for name in "ab":
-            engine.generate(request(name, prompts[0], sampling), "router", take)
-        failed = [await failures.get(), await failures.get()]
-        assert {failure.request_id for failure in failed} == {"a", "b"}
-        assert all("out of registers" in failure.message for failure in failed)
-        assert engine.scheduler.idle
-        counts = engine.pool.counts()
-        assert counts.resident == 0
-        # It goes on for others.
-        after = Output()
-        engine.generate(request("c", prompts[1], sampling), "router", after.take)
-        await after.ended

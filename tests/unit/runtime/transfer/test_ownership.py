@@ -47,9 +47,11 @@ def test_a_grant_is_complete_when_every_stage_announced_every_token() -> None:
     assert receiver.deliver(1, 0, 8) == Delivery(0, complete=False)
     assert receiver.deliver(0, 0, 4) == Delivery(8, complete=False)
     assert receiver.ledger.delivered_by_all(receiver.grant) == 8
+    assert receiver.ledger.progress() == [(8, 10)]
     assert receiver.deliver(1, 8, 10) == Delivery(10, complete=True)
     assert receiver.states() == ["resident"] * 3
     assert not receiver.ledger.is_open(receiver.grant)
+    assert receiver.ledger.progress() == []
     assert receiver.ledger.floor() == receiver.grant + 1
     receiver.pool.release(receiver.pages)
     assert receiver.pool.counts().free == 16
