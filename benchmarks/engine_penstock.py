@@ -72,6 +72,7 @@ class Engine:
             compute=self._compute,
             model_digest="benchmark",
             open_group=_no_group,
+            on_change=lambda: None,
         )
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from penstock_router.file_stamp import file_stamp
 from penstock_wire.names import split_address
+from penstock_wire.rhythm import until_next
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -113,7 +114,7 @@ class FileDiscovery:
                 if found is not None and found != current:
                     current = found
                     yield found
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(until_next(self._interval))
 
     def _stamp(self) -> Stamp | None:
         """Return what changes when the file is replaced or written; None without a file."""

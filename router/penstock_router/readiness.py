@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from penstock_router.calls import Lost
 from penstock_wire.messages import Failed, Generate, Sampling, pack_tokens
+from penstock_wire.rhythm import until_next
 from penstock_wire.sockets import LinkDown
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Readiness:
             while True:
                 self._follow()
                 self.reasons()  # notes the first time that there are none
-                await self._fleet.changed(_RETRY_SECONDS)
+                await self._fleet.changed(until_next(_RETRY_SECONDS))
         finally:
             for task in self._running.values():
                 task.cancel()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import uvicorn
 
 from penstock_router.errors import ConfigurationError
+from penstock_wire.rhythm import until_next
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ _LAST_ASK_SECONDS = 1.0
 """How long open connections may still bring a request when the router drains. One that was just
 accepted sends its request within a round trip, and must not be closed without an answer."""
 _POLL_SECONDS = 0.02
+_DATE_SECONDS = 1.0
+"""Between two looks at the clock for the Date of answers, which has whole seconds."""
 
 
 def listeners(host: str, port: int, inherited: int | None) -> list[socket.socket]:
@@ -128,6 +131,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._readiness = readiness
         self._own = own
+        self._ending = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -147,6 +151,17 @@ class Server(uvicorn.Server):
         log.info("draining: no new connections, open streams may end")
         self._readiness.draining = True
         self.should_exit = True
+        self._ending.set()
+
+    async def main_loop(self) -> None:
+        """Keep the Date of answers until the drain. uvicorn's own asks ten times a second for it.
+
+        0 stands for a tick that renews the Date.
+        """
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(until_next(_DATE_SECONDS)):
+                    await self._ending.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, let open connections ask a last time, and let answers end.

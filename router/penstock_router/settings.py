@@ -198,8 +198,11 @@ class Settings:
     ] = 32 * 1024 * 1024
     discovery_seconds: Annotated[
         float,
-        ("Time between two looks at the discovery file. 0.15 s is not felt, and costs one stat."),
-    ] = 0.15
+        (
+            "Time between two looks at the discovery file. A worker is listed when its process "
+            "starts, so half a second is over long before it can work."
+        ),
+    ] = 0.5
     log_level: Annotated[
         str,
         "debug, info, warning or error.",

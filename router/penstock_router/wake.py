@@ -21,6 +21,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from penstock_router.errors import KubernetesError
+from penstock_wire.rhythm import until_next
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -163,7 +164,7 @@ class Waker:
                 await asyncio.sleep(_TICK_SECONDS)
                 continue
             with suppress(TimeoutError):
-                async with asyncio.timeout(_TICK_SECONDS):
+                async with asyncio.timeout(until_next(_TICK_SECONDS)):
                     await sleeper.nudged.wait()
 
     async def _look(self, sleeper: _Sleeper, scales: Scales) -> None:

@@ -1,9 +1,10 @@
 """Control links: ZMQ ROUTER/DEALER under CURVE, with Hello, heartbeats and honest states.
 
 A worker binds one `ControlServer`; whoever wants something of it connects a `ControlClient`. Both
-sides send a Heartbeat every `heartbeat_seconds` and call the other lost after `lease_seconds` of
-silence, or at once when the connection breaks. A server that restarted does not know its clients:
-it answers Unknown, and the client says Hello again, to what is now a new peer (another boot_id).
+sides send a Heartbeat every `heartbeat_seconds`, a process all of its own at the same moment, and
+call the other lost after `lease_seconds` of silence, or at once when the connection breaks. A
+server that restarted does not know its clients: it answers Unknown, and the client says Hello
+again, to what is now a new peer (another boot_id).
 
 One event loop's thread owns all of it. Sending never blocks: a message that cannot be queued means
 that the peer has not read for long, and the link is called lost.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from zmq.utils.monitor import parse_monitor_message
 from penstock_wire import messages
 from penstock_wire.messages import Control, Heartbeat, Hello, Message, Unknown, WireError
 from penstock_wire.names import Resolver, UnresolvedName, bracketed, split_address
+from penstock_wire.rhythm import until_next
 from penstock_wire.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -58,8 +61,10 @@ class LinkSettings:
     never a wrong answer.
     """
 
-    heartbeat_seconds: float = 0.5
+    heartbeat_seconds: float = 1.0
     lease_seconds: float = 4.0
+    retry_seconds: float = 0.25
+    """Between the end of a connection and the next: a peer that starts anew is found soon."""
     queue_messages: int = 20_000
 
 
@@ -215,16 +220,13 @@ class ControlServer:
         self._on_lost(session)
 
     async def _beat(self) -> None:
-        last = time.monotonic()
+        now = time.monotonic()
         while True:
-            await asyncio.sleep(self._settings.heartbeat_seconds)
-            now = time.monotonic()
-            # A process that was itself stopped must not blame its peers for the silence.
-            stalled = max(0.0, now - last - self._settings.heartbeat_seconds)
-            last = now
+            heard = min((each.last_heard for each in self._sessions.values()), default=math.inf)
+            now, stalled = await _pause(self._settings, now, heard)
             for identity, session in list(self._sessions.items()):
                 session.last_heard += stalled
-                if now - session.last_heard > self._settings.lease_seconds:
+                if now - session.last_heard >= self._settings.lease_seconds:
                     self._lose(identity, session)
             self.announce()
 
@@ -313,7 +315,7 @@ class ControlClient:
                 except UnresolvedName as error:
                     log.debug("%s", error)
                 self._lose()
-                await asyncio.sleep(self._settings.heartbeat_seconds / 2)
+                await asyncio.sleep(self._settings.retry_seconds)
         finally:
             context.destroy(linger=500)
 
@@ -389,14 +391,11 @@ class ControlClient:
 
     async def _beat(self) -> None:
         """Send heartbeats until the lease runs out."""
-        last = time.monotonic()
+        now = time.monotonic()
         while True:
-            await asyncio.sleep(self._settings.heartbeat_seconds)
-            now = time.monotonic()
-            # A process that was itself stopped must not blame its peer for the silence.
-            self._last_heard += max(0.0, now - last - self._settings.heartbeat_seconds)
-            last = now
-            if now - self._last_heard > self._settings.lease_seconds:
+            now, stalled = await _pause(self._settings, now, self._last_heard)
+            self._last_heard += stalled
+            if now - self._last_heard >= self._settings.lease_seconds:
                 return
             with contextlib.suppress(LinkDown):
                 self._post(messages.encode(Heartbeat(boot_id=self._mine.boot_id)))
@@ -418,6 +417,24 @@ class _OnlyUs:
 
     def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - pyzmq's interface
         return key == self._public
+
+
+_LATE_SECONDS = 1e-3
+
+
+async def _pause(settings: LinkSettings, begun: float, last_heard: float) -> tuple[float, float]:
+    """Wait from `begun` for the next heartbeat, or the end of the lease of what was `last_heard`.
+
+    Returns when it is, and by how much that is late: a process that was itself stopped must not
+    blame its peers for the silence.
+    """
+    lease = last_heard + settings.lease_seconds - begun
+    seconds = max(0.0, min(lease, until_next(settings.heartbeat_seconds)))
+    await asyncio.sleep(seconds)
+    now = time.monotonic()
+    # Every wake is a little late. Were that forgiven, too, no lease would end but by rounding.
+    late = now - begun - seconds
+    return now, late if late > _LATE_SECONDS else 0.0
 
 
 def _peer_state(state: str) -> LinkState:

@@ -73,6 +73,7 @@ class Fleet:
         self._on_change = on_change
         self._workloads: dict[str, _Running] = {}
         self._leaving: list[tuple[_Running, LocalPod]] = []
+        self._published: tuple[dict[str, str], list[dict[str, object]]] | None = None
 
     # --- what there is ------------------------------------------------------------------------
 
@@ -133,14 +134,19 @@ class Fleet:
                 running.pods.append(self._start(running, identity, around))
 
     def publish(self, service: InferenceService) -> None:
-        """Write the names for workers and the workers for the router."""
+        """Write the names for workers and the workers for the router, when they have changed.
+
+        Whoever reads them again and again sees by the file that there is nothing to read.
+        """
         domain = f"{service.name}-workers.{service.metadata.namespace}.svc"
         identities = [pod.launch.identity for pod in self.pods()]
-        self._state.write(
-            self._state.hosts_file,
-            {f"{identity.name}.{domain}": identity.address for identity in identities},
-        )
-        self._state.write(self._state.endpoints_file, {"endpoints": self._endpoints()})
+        hosts = {f"{identity.name}.{domain}": identity.address for identity in identities}
+        found = hosts, self._endpoints()
+        if found == self._published:
+            return
+        self._state.write(self._state.hosts_file, hosts)
+        self._state.write(self._state.endpoints_file, {"endpoints": found[1]})
+        self._published = found
 
     def _endpoints(self) -> list[dict[str, object]]:
         """Running workers, ready or not: the router learns their state from themselves."""

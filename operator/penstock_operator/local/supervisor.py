@@ -141,7 +141,7 @@ class Supervisor:
         """Wait until something changes, and a moment more for what changes with it."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), self._settings.tick_seconds)
-        await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)
 
     def _complain(self, trouble: str) -> None:
         """Tell of trouble that passes or stays, but once."""

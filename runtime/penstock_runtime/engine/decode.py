@@ -130,6 +130,7 @@ class DecodeEngine:
         runner: the model, run on `compute`.
         model_digest: part of every block's hash.
         open_group: makes the link to a prefill group; this engine owns its grants.
+        on_change: called after whatever happened was dealt with.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class DecodeEngine:
         compute: Compute,
         model_digest: str,
         open_group: OpenGroup,
+        on_change: Callable[[], None],
     ) -> None:
         self.scheduler = scheduler
         self.pool = pool
@@ -150,6 +152,7 @@ class DecodeEngine:
         self._compute = compute
         self._model_digest = model_digest
         self._open_group = open_group
+        self._on_change = on_change
         self._clients: dict[str, _Client] = {}
         self._salts: dict[str, bytes] = {}
         self._groups: dict[str, GroupLink] = {}
@@ -248,6 +251,7 @@ class DecodeEngine:
             if name not in self._groups:
                 self._groups[name] = self._open_group(group, self)
                 self._groups[name].start()
+        self._wake.set()
 
     @property
     def groups_ready(self) -> tuple[str, ...]:
@@ -295,6 +299,7 @@ class DecodeEngine:
             self._reconsider()
             self._admit()
             self._give_out()
+            self._on_change()
             await self._sleep()
 
     async def _finish(self) -> None:

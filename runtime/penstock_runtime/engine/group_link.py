@@ -307,6 +307,7 @@ class GroupLink:
         """Fence the current incarnation and open the next."""
         was_ready = self.ready
         self._verified.clear()
+        self._owner.group_changed()
         if self._closed:
             return
         if was_ready:

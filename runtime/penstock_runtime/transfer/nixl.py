@@ -4,8 +4,9 @@
                 ◄── results, notifications (call_soon_threadsafe) ──
 
 NIXL's own progress thread stays off: it burns a core. Over TCP the thread waits for the agents'
-sockets (`sockets.py`); where they cannot be watched it naps between polls, briefly while something
-moves, longer while nothing does.
+sockets (`sockets.py`), and asks by itself the more rarely the longer nothing has happened; where
+they cannot be watched it naps between polls, briefly while something moves, longer while nothing
+does.
 
 What a caller must know beyond `transfer.base`:
 
@@ -153,27 +154,26 @@ class NixlThread:
                 self.post(self._fail_all)
 
     def _run(self) -> None:
-        busy, active_until = False, 0.0
+        active_at = time.monotonic()
         # Looked at before every wait: the command that comes with the stop may have been run.
         while not self._stopping and not self._loop.is_closed():
-            self._wait(busy=busy)
-            active = self._woken | self._run_commands() | self._poll()
-            now = time.monotonic()
-            if active or any(endpoint.busy for endpoint in self._endpoints):
-                active_until = now + self._settings.linger_seconds
-            busy = now < active_until
+            busy = any(endpoint.busy for endpoint in self._endpoints)
+            self._wait(busy=busy, quiet=time.monotonic() - active_at)
+            if self._woken | self._run_commands() | self._poll() | busy:
+                active_at = time.monotonic()
 
-    def _wait(self, *, busy: bool) -> None:
-        """Return when there may be something to do."""
+    def _wait(self, *, busy: bool, quiet: float) -> None:
+        """Return when there may be something to do; nothing has happened for `quiet` seconds."""
         settings = self._settings
+        linger = settings.linger_seconds
         if not self._endpoints:
             self._nap(None)
         elif not all(endpoint.event_sets for endpoint in self._endpoints):
-            self._nap(settings.nap_in_flight_seconds if busy else settings.nap_idle_seconds)
+            soon = busy or quiet < linger
+            self._nap(settings.nap_in_flight_seconds if soon else settings.nap_idle_seconds)
         elif not (self._woken and self._nap(settings.spacing_seconds)):
-            self._woken = self._sockets.wait(
-                settings.nap_idle_seconds if busy else settings.nap_watched_seconds
-            )
+            seconds = settings.nap_idle_seconds if busy else max(linger, quiet)
+            self._woken = self._sockets.wait(min(seconds, settings.nap_watched_seconds))
 
     def _nap(self, seconds: float | None) -> bool:
         """Return after some seconds, or at once with a command; tell whether there is one."""

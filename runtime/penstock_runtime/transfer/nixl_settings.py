@@ -47,18 +47,23 @@ class NixlSettings:
     nap_idle_seconds: float = 1e-3
     """Sleep between two polls while nothing is expected; a first notification comes so much later.
     Costs about 3 % of a core. Where sockets wake the thread this is the longest wait while
-    something is expected: one in a hundred operations has a step that no socket tells of."""
+    operations are in flight: one in a hundred has a step that no socket tells of."""
 
-    nap_watched_seconds: float = 20e-3
-    """The longest wait for sockets while nothing is expected: UCX looks after its connections."""
+    nap_watched_seconds: float = 1.0
+    """The longest wait for sockets while nothing is in flight: UCX looks after its connections.
+    Before that, a wait lasts for as long as nothing has happened, at least `linger_seconds`. That
+    sockets tell of every step of a peer's operations was seen in 2,000 notes, writes and reads
+    between two threads that would else have waited for a minute, and is no promise of UCX's: a step
+    that they do not tell of is found in about the time that has passed since the one before."""
 
     spacing_seconds: float = 200e-6
     """Sleep after sockets woke the thread: bytes come in small parts, and a poll for each would
     take longer than moving them."""
 
     linger_seconds: float = 20e-3
-    """Activity this recent counts as busy: an answer, or a peer's next chunk, is likely soon. A
-    receiver cannot see that bytes come in, only their notification."""
+    """Activity this recent counts as busy where sockets cannot be waited for: an answer, or a
+    peer's next chunk, is likely soon. A receiver cannot see that bytes come in, only their
+    notification. Where they can, the shortest wait while nothing is in flight."""
 
     log_level: str = "ERROR"
     """NIXL's own messages. Lost peers are reported by exceptions, so its warnings repeat them."""

@@ -72,6 +72,7 @@ class DecodeWorker:
             compute=compute,
             model_digest=hello.model_digest,
             open_group=self._open_group,
+            on_change=self.changed,
         )
         self._publisher = Publisher(self.engine)
         self._tasks = Tasks()
@@ -106,6 +107,10 @@ class DecodeWorker:
         self._tasks.spawn(self._others.watch(), "other ranks")
         self._tasks.spawn(self.engine.run(), "decode engine")
         self._tasks.spawn(self._publisher.run(self._load), "publisher")
+
+    def changed(self) -> None:
+        """Something happened here: routers are told soon."""
+        self._publisher.changed()
 
     async def drain(self, seconds: float) -> None:
         """Let the requests here end; hand the rest back after `seconds`."""

@@ -86,11 +86,24 @@ def create_app(
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves signals to the worker."""
+    """A server that leaves signals to the worker, and is told when to end."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ending = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def main_loop(self) -> None:
+        """Return when told to end. uvicorn's own asks ten times a second, and renews a Date."""
+        await self._ending.wait()
+
+    def end(self) -> None:
+        """Close everything: nobody is answered any more."""
+        self.should_exit = self.force_exit = True
+        self._ending.set()
 
 
 @contextlib.asynccontextmanager
@@ -101,12 +114,14 @@ async def serving(app: FastAPI, address: str) -> AsyncIterator[None]:
         listener = socket.create_server((host, port), reuse_port=False)
     except OSError as error:
         raise OSError(f"cannot serve health and metrics on {address}: {error}") from error
-    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", date_header=False
+    )
+    server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
     try:
         yield
     finally:
-        server.should_exit = True
-        server.force_exit = True
+        server.end()
         await task
         listener.close()

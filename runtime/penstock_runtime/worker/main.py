@@ -97,6 +97,7 @@ class Process:
             return
         worker = start.result()
         self._health.state, self._health.progress, self._health.message = "ready", 1.0, ""
+        worker.changed()
         log.info("%s is ready", self._settings.name)
         await stop
         if self._failure is None:

@@ -131,7 +131,7 @@ class PrefillWorker:
             self.stage,
             model_digest=hello.model_digest,
             reply=self._reply,
-            on_change=self._moved.set,
+            on_change=self.changed,
         )
         self._clients = [
             ControlClient(
@@ -169,6 +169,12 @@ class PrefillWorker:
             self._tasks.spawn(self.leader.run(), "leader")
             self._tasks.spawn(self._publisher.run(self._load), "publisher")
 
+    def changed(self) -> None:
+        """Something happened here: a drain goes on, and routers are told soon."""
+        self._moved.set()
+        if self._publisher is not None:
+            self._publisher.changed()
+
     async def drain(self, seconds: float) -> None:
         """Let the prompts in the pipeline end, for at most `seconds`.
 
@@ -176,6 +182,7 @@ class PrefillWorker:
         is cut all the same is resumed by them from what was delivered.
         """
         self._server.announce()
+        self.changed()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await asyncio.sleep(_NEWS_SECONDS)

@@ -1,7 +1,7 @@
 """KV events and load, to every router that subscribed.
 
-Events go out as they come, load a few times a second and at once when the worker's state changes.
-A router that saw a gap subscribes again and gets a new snapshot.
+Whoever changes something says so, and what has changed goes out a few times a second, or at once
+when the worker's state changes. A router that saw a gap subscribes again and gets a new snapshot.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from penstock_wire.rhythm import until_next
 from penstock_wire.sockets import LinkDown, Session
 
 if TYPE_CHECKING:
@@ -22,7 +23,11 @@ class PublisherSettings:
     """Pace, in seconds."""
 
     interval_seconds: float = 0.1
-    """Between two looks for events and load: what a routing decision may be behind by."""
+    """Between two looks while things change: what a routing decision may be behind by. Not at once
+    upon the first change: a router takes a Load to include all that it has sent until then."""
+    idle_seconds: float = 1.0
+    """Between two looks when nobody has said that something changed. Heartbeats wake the process
+    at the same moments, so this net costs nothing."""
 
 
 class Source(Protocol):
@@ -45,6 +50,7 @@ class Publisher:
         self._settings = settings or PublisherSettings()
         self._subscribers: set[Session] = set()
         self._last: Load | None = None
+        self._changed = asyncio.Event()
 
     def subscribe(self, session: Session, load: Load) -> None:
         """Send a snapshot and the load now, and events from here on."""
@@ -73,10 +79,18 @@ class Publisher:
         with contextlib.suppress(LinkDown):
             session.send(message)
 
+    def changed(self) -> None:
+        """Events or the load may have changed: look within `interval_seconds`."""
+        self._changed.set()
+
     async def run(self, load: LoadNow) -> None:
         """Publish for ever."""
         while True:
-            await asyncio.sleep(self._settings.interval_seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(until_next(self._settings.idle_seconds)):
+                    await self._changed.wait()
+                    await asyncio.sleep(until_next(self._settings.interval_seconds))
+            self._changed.clear()
             self.publish(load())
 
 

@@ -35,7 +35,7 @@ NBYTES = 16 * 1024 * 1024
 
 
 async def test_sockets_wake_a_thread_that_expects_nothing() -> None:
-    settings = NixlSettings(devices="lo", nap_watched_seconds=60.0)
+    settings = NixlSettings(devices="lo", nap_watched_seconds=60.0, linger_seconds=60.0)
     ours, theirs = NixlTransfer(settings), NixlTransfer(settings)
     source = np.random.default_rng(1).integers(0, 256, NBYTES, np.uint8)
     target, back = np.zeros_like(source), np.zeros_like(source)
@@ -47,8 +47,8 @@ async def test_sockets_wake_a_thread_that_expects_nothing() -> None:
             to_there = await here.connect(there.metadata, 5)
             to_here = await there.connect(here.metadata, 5)
             for number in range(5):
-                # Until both threads have given up on more, and wait for a minute.
-                await asyncio.sleep(10 * settings.linger_seconds)
+                # Until both threads wait for a minute: nothing tells when they do.
+                await asyncio.sleep(100 * settings.spacing_seconds)
                 await here.notify(to_there, b"out")
                 assert await heard.get() == b"out"
                 await there.notify(to_here, b"home")

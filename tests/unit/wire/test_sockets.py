@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-FAST = LinkSettings(heartbeat_seconds=0.05, lease_seconds=0.5)
+FAST = LinkSettings(heartbeat_seconds=0.05, lease_seconds=0.5, retry_seconds=0.025)
+MUTE = LinkSettings(heartbeat_seconds=3600, lease_seconds=7200)
+"""No heartbeat comes while a test runs."""
 
 
 def hello(name: str, boot_id: str = "b0") -> Hello:
@@ -42,7 +44,9 @@ def free_address() -> str:
 class Server:
     """A ControlServer that records what happens to it, as events to await."""
 
-    def __init__(self, address: str, keys: Keys, boot_id: str = "s0") -> None:
+    def __init__(
+        self, address: str, keys: Keys, boot_id: str = "s0", settings: LinkSettings = FAST
+    ) -> None:
         self.events: asyncio.Queue[tuple[str, Session, Message | None]] = asyncio.Queue()
         self.state = "ready"
         self.control = ControlServer(
@@ -55,7 +59,7 @@ class Server:
             on_join=lambda session: self.events.put_nowait(("join", session, None)),
             on_lost=lambda session: self.events.put_nowait(("lost", session, None)),
             state=lambda: self.state,
-            settings=FAST,
+            settings=settings,
         )
 
     async def next(self) -> tuple[str, Session, Message | None]:
@@ -65,7 +69,9 @@ class Server:
 class Client:
     """A ControlClient that records its states and messages."""
 
-    def __init__(self, address: str, keys: Keys, boot_id: str = "c0") -> None:
+    def __init__(
+        self, address: str, keys: Keys, boot_id: str = "c0", settings: LinkSettings = FAST
+    ) -> None:
         self.states: asyncio.Queue[LinkState] = asyncio.Queue()
         self.messages: asyncio.Queue[Message] = asyncio.Queue()
         self.control = ControlClient(
@@ -74,7 +80,7 @@ class Client:
             keys,
             on_message=self.messages.put_nowait,
             on_state=lambda state, _: self.states.put_nowait(state),
-            settings=FAST,
+            settings=settings,
         )
         self.control.start()
 
@@ -83,8 +89,10 @@ class Client:
 
 
 @asynccontextmanager
-async def serving(address: str, keys: Keys, boot_id: str = "s0") -> AsyncIterator[Server]:
-    server = Server(address, keys, boot_id)
+async def serving(
+    address: str, keys: Keys, boot_id: str = "s0", settings: LinkSettings = FAST
+) -> AsyncIterator[Server]:
+    server = Server(address, keys, boot_id, settings)
     await server.control.start()
     try:
         yield server
@@ -93,8 +101,10 @@ async def serving(address: str, keys: Keys, boot_id: str = "s0") -> AsyncIterato
 
 
 @asynccontextmanager
-async def connected(address: str, keys: Keys) -> AsyncIterator[Client]:
-    client = Client(address, keys)
+async def connected(
+    address: str, keys: Keys, settings: LinkSettings = FAST
+) -> AsyncIterator[Client]:
+    client = Client(address, keys, settings=settings)
     try:
         yield client
     finally:
@@ -172,6 +182,17 @@ async def test_a_new_connection_of_the_same_process_ends_the_old_one_first() -> 
         assert second[1] is not first[1]
 
 
+async def test_a_silent_peer_is_lost_with_its_lease_not_at_the_next_heartbeat() -> None:
+    keys, address = Keys.generate(), free_address()
+    impatient = LinkSettings(heartbeat_seconds=3600, lease_seconds=0.5)
+    async with (
+        serving(address, keys, settings=MUTE),
+        connected(address, keys, impatient) as client,
+    ):
+        assert await client.state() is LinkState.READY
+        assert await client.state() is LinkState.LOST
+
+
 async def test_draining_travels_with_heartbeats() -> None:
     keys, address = Keys.generate(), free_address()
     async with serving(address, keys) as server, connected(address, keys) as client:
@@ -235,7 +256,6 @@ def test_keys_are_private_and_checked(tmp_path: Path) -> None:
 
 async def test_a_change_of_state_is_announced_before_the_next_heartbeat() -> None:
     keys, address = Keys.generate(), free_address()
-    slow = LinkSettings(heartbeat_seconds=3600, lease_seconds=7200)
     states: asyncio.Queue[LinkState] = asyncio.Queue()
     state = "ready"
     server = ControlServer(
@@ -246,7 +266,7 @@ async def test_a_change_of_state_is_announced_before_the_next_heartbeat() -> Non
         on_join=lambda _: None,
         on_lost=lambda _: None,
         state=lambda: state,
-        settings=slow,
+        settings=MUTE,
     )
     client = ControlClient(
         address,
@@ -254,7 +274,7 @@ async def test_a_change_of_state_is_announced_before_the_next_heartbeat() -> Non
         keys,
         on_message=lambda _: None,
         on_state=lambda changed, _: states.put_nowait(changed),
-        settings=slow,
+        settings=MUTE,
     )
     await server.start()
     client.start()

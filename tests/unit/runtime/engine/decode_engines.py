@@ -52,6 +52,7 @@ def new_engine(
         compute=compute,
         model_digest="test",
         open_group=lambda *_: pytest.fail("no prefill group was announced"),
+        on_change=lambda: None,
     )
     compute.close()
 

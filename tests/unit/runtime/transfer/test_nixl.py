@@ -122,7 +122,7 @@ async def test_a_thread_that_is_closed_ends_whatever_it_was_doing() -> None:
 
 
 async def test_sockets_and_commands_wake_a_thread_that_has_nothing_to_do() -> None:
-    settings = NixlSettings(nap_watched_seconds=60.0)
+    settings = NixlSettings(nap_watched_seconds=60.0, linger_seconds=60.0)
     thread = NixlThread(settings, asyncio.get_running_loop())
     here, there = socket.socketpair()
     with here, there, select.epoll() as event_set:
