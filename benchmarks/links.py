@@ -4,6 +4,9 @@ Each host is a network namespace with one link to a common switch (a bridge in a
 own, so the machine's network is not touched). What a host sends is shaped and counted by Linux's
 traffic control in two classes: to the other workers, at the link's rate, and to the client, not
 limited, so that results on their way out do not compete with what is measured.
+
+Each worker's host has a core of its own, as long as there are some. What is left is the client's,
+at least the last core. So one worker has no more of the machine than each of several.
 """
 
 from __future__ import annotations
@@ -35,14 +38,21 @@ class Links:
     """The hosts of one measurement."""
 
     hosts: list[str]
+    cores: list[int]
 
     def address(self, host: str) -> str:
         """Return a host's IP address."""
         return f"{_SUBNET}.{9 if host == CLIENT else 10 + self.hosts.index(host)}"
 
     def command(self, host: str, *command: str) -> tuple[str, ...]:
-        """Return the command line that runs a command on a host."""
-        return ("ip", "netns", "exec", _namespace(host), *command)
+        """Return the command line that runs a command on a host, on its cores."""
+        pinned = ("taskset", "--cpu-list", ",".join(map(str, self._cores_of(host))))
+        return ("ip", "netns", "exec", _namespace(host), *pinned, *command)
+
+    def _cores_of(self, host: str) -> list[int]:
+        if host == CLIENT:
+            return self.cores[len(self.hosts) :] or self.cores[-1:]
+        return [self.cores[self.hosts.index(host) % len(self.cores)]]
 
     def set_rate(self, megabits: float) -> None:
         """Limit what every worker sends to the other workers, in Mbit/s."""
@@ -68,7 +78,7 @@ class Links:
 @contextlib.contextmanager
 def links(workers: int) -> Iterator[Links]:
     """Make hosts w0, w1, … and the client; remove them afterwards. Needs root and iproute2."""
-    made = Links([f"w{i}" for i in range(workers)])
+    made = Links([f"w{i}" for i in range(workers)], sorted(os.sched_getaffinity(0)))
     names = [CLIENT, *made.hosts]
     _remove([_SWITCH, *map(_namespace, names)])
     try:

@@ -7,8 +7,10 @@ links have a chosen speed; a decode worker and a router on another host are the 
   pp2, pp4    a pipeline of two or four stages
   tp2, tp4    one stage of two or four ranks, which sum their results in every layer
 
-With four workers on fewer cores, each has a part of a core: their speed-up is limited by the cores
-and not by the network, so it is shown beside the share of a core that each had.
+Every worker's host has one core, for its compute thread and all its other threads. The client's
+side has the cores that are left, or shares the last one. With four workers on fewer cores, each has
+a part of a core: their speed-up is limited by the cores and not by the network, so it is shown
+beside the share of a core that each had.
 
   TTFT        of one prompt alone, from the request to its first token
   speed-up    TTFT of `one` by that of the layout, in the same round
@@ -126,6 +128,7 @@ class Service:
         (self._folder / "endpoints.json").write_text(json.dumps({"endpoints": endpoints}))
         self._start(
             "router",
+            *self._made.command(CLIENT),
             *(sys.executable, "-c", "from penstock_router.main import main; main()"),
             *("--name", "router", "--model", self._model, "--served-model-name", NAME),
             *("--discovery", f"file:{self._folder / 'endpoints.json'}", "--require-prefill"),
@@ -202,6 +205,7 @@ class Service:
         address = self._made.address(CLIENT)
         self._start(
             "decode",
+            *self._made.command(CLIENT),
             *(sys.executable, "-c", "from penstock_runtime.worker.main import main; main()"),
             *("--role", "decode", "--name", "d-0", "--threads", "1"),
             *self._common(address, self._args.kv_memory),
