@@ -8,8 +8,18 @@ of the work W itself, so sum(t) = W + M c, and for a given M equal times are bes
 
 Prompts that queue behind fill the bubble (P - 1) max(t) for each other. With Q seconds of such work
 one bubble is paid for all of W + Q, and the best time of a chunk, W / M, becomes
-sqrt((W + Q) c / (P - 1)): the longer the queue, the fewer and larger the chunks. It stops growing
-where c is a share `overhead` of the chunk, from where on nothing is to be gained.
+sqrt((W + Q) c / (P - 1)): the longer the queue, the fewer and larger the chunks. The queue makes
+them no larger than those of which c is a share `overhead`: from there on little is to be gained.
+
+Where the m = P - 1 stages behind the first are faster, the bubble is the last chunk's time, not the
+longest one's, as long as no chunk has to wait for the one before it. So each may take a share
+`taper` less (see there): with R seconds of work left t = t_last + taper R. From a work of W that
+makes ln(1 + taper W / t_last) / taper chunks, and with t_last seconds of bubble a stage
+
+    c ln(1 + taper W / t_last) / taper + m t_last  is least at
+    t_last = sqrt((taper W / 2)² + W c / m) - taper W / 2,
+
+which is the time of equal chunks where taper is 0.
 """
 
 from __future__ import annotations
@@ -21,7 +31,31 @@ from typing import TYPE_CHECKING, Literal
 from penstock_runtime.scheduler.cost_model import Chunk
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from penstock_runtime.scheduler.cost_model import Cost
+
+_ALIKE = 0.01
+"""What stages' times may differ by because they were measured."""
+
+
+def taper(seconds: Sequence[float]) -> float:
+    """Return by what share a chunk may take less time than the one before without waiting for it.
+
+    With stages that take e or less of the first one's time t, the i-th behind it has chunk k at
+    T_k + (i - 1) e t_k, where T_k is the sum of the first one's times, and is done with the one
+    before i e t_(k-1) behind T_(k-1). So t_k (1 + (i - 1) e) must be i e t_(k-1): the last stage,
+    i = m, allows least. e is taken for a little more than it was measured to be.
+
+    Args:
+        seconds: of one chunk on every stage. If the first is not the slowest, it is 0: in front of
+            the slowest one chunks would have to become longer in the same way.
+    """
+    behind = len(seconds) - 1
+    if behind < 1 or seconds[0] <= 0:
+        return 0.0
+    slowest = max(seconds[1:]) / seconds[0] + _ALIKE
+    return max(0.0, 1 - slowest) / (1 + (behind - 1) * slowest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,21 +111,41 @@ class ChunkPlanner:
             limit = min(limit, settings.fixed_tokens)
         return max(self.page_size, limit // self.page_size * self.page_size)
 
-    def chunk_work(self, cost: Cost, work: float, context: float) -> float:
+    def chunk_work(
+        self,
+        cost: Cost,
+        work: float,
+        context: float,
+        *,
+        queued: float = 0.0,
+        left: float = 0.0,
+        taper: float = 0.0,
+    ) -> float:
         """Return the best work of one step, in seconds besides its overhead.
 
         Args:
             cost: of the slowest stage.
-            work: W + Q, all that goes through the pipeline without a pause.
+            work: W, of the longest prompt that is computed now, with what is done of it.
             context: mean position of a chunk's start, for what reading the prefix costs.
+            queued: Q, what goes through the pipeline beside and behind it without a pause.
+            left: R, what is left of both; not needed where `taper` is 0.
+            taper: what the function of this name returns for the stages.
         """
-        overhead = self.step_overhead(cost, context)
+        settings, overhead = self.settings, self.step_overhead(cost, context)
         best = math.inf
         if self.stages > 1:
-            best = math.sqrt(work * overhead / (self.stages - 1))
-        best = min(best, overhead / self.settings.overhead, self.settings.max_seconds)
-        least = cost.work(context, context + self.settings.saturation_tokens)
-        return max(best, least, 1e-9)
+            best = self._best(work + queued, overhead, left, taper)
+        # Work that waits does not make chunks larger than that, and long prompts do.
+        limit = overhead / settings.overhead
+        if best > limit and self.stages > 1:
+            limit = max(limit, self._best(work, overhead, min(left, work), taper))
+        least = cost.work(context, context + settings.saturation_tokens)
+        return max(min(best, limit, settings.max_seconds), least, 1e-9)
+
+    def _best(self, work: float, overhead: float, left: float, taper: float) -> float:
+        half = taper * work / 2
+        last = math.sqrt(half * half + work * overhead / (self.stages - 1)) - half
+        return last + taper * left
 
     def step_overhead(self, cost: Cost, context: float) -> float:
         """Return what each further chunk costs: c and another reading of the prefix."""
@@ -113,7 +167,7 @@ class ChunkPlanner:
         work = cost.work(start, end)
         queued = cost.work(0, queued_tokens) if queued_tokens else 0.0
         context = (start + end) / 2
-        ideal = work / self.chunk_work(cost, work + queued, context)
+        ideal = work / self.chunk_work(cost, work, context, queued=queued)
         count = max(1, math.floor(ideal), -(-(end - start) // self.step_tokens))
         few, many = (self.equal_times(cost, start, end, m) for m in (count, count + 1))
         return min(few, many, key=lambda chunks: self.makespan(cost, chunks, queued))

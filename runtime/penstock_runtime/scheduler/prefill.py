@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock_runtime.kvcache.base import pages_for
-from penstock_runtime.scheduler.chunk_planner import ChunkPlanner
+from penstock_runtime.scheduler.chunk_planner import ChunkPlanner, taper
 from penstock_runtime.scheduler.cost_model import Chunk, CostModel
 from penstock_runtime.scheduler.pages import BlocksUnderway, reserve
 from penstock_runtime.scheduler.step_sharing import Prompt, best_seconds, share
@@ -327,7 +327,7 @@ class PrefillScheduler:
             cost,
             prompts,
             self._page_size,
-            best_seconds(self._planner, cost, prompts, self._queued_work(cost)),
+            best_seconds(self._planner, cost, prompts, self._queued_work(cost), self._taper()),
             self._planner.step_tokens,
             self._settings.oldest_share,
         )
@@ -361,6 +361,12 @@ class PrefillScheduler:
         probe = [Chunk(sum(lengths) // len(lengths) // 2, self._planner.step_tokens)]
         times = [model.cost.step(probe) for model in self._costs]
         return times.index(max(times))
+
+    def _taper(self) -> float:
+        """Return by how much steps may shrink: what counts is how prompts end."""
+        end, step = max(a.end for a in self._active.values()), self._planner.step_tokens
+        last = [Chunk(max(0, end - step), min(end, step))]
+        return taper([model.cost.step(last) for model in self._costs])
 
     # --- what the stages say ------------------------------------------------------------------
 

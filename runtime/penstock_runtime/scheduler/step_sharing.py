@@ -31,29 +31,42 @@ class Prompt(NamedTuple):
 
 
 def best_seconds(
-    planner: ChunkPlanner, cost: Cost, prompts: Sequence[Prompt], queued_work: float
+    planner: ChunkPlanner,
+    cost: Cost,
+    prompts: Sequence[Prompt],
+    queued_work: float,
+    taper: float = 0.0,
 ) -> float:
     """Return the seconds, besides c, that a pipeline's next step should take.
 
     The best time follows from all the work of the requests that are here, with what is done of it:
-    steps do not shrink as the work does. As many steps as that makes of what is left are then made
-    equal.
+    steps do not shrink as the work does, unless the stages allow it (`taper`). As many steps as
+    that makes of what is left are then made equal.
 
     Args:
         planner: of the pipeline.
         cost: of its slowest stage.
         prompts: with tokens left to plan, at least one.
         queued_work: seconds of work that waits behind them.
+        taper: of the pipeline's stages, see `chunk_planner.taper`.
     """
     if planner.settings.mode == "fixed":
         return math.inf
-    whole = queued_work + sum(cost.work(p.start, p.end) for p in prompts)
+    works = [cost.work(p.start, p.end) for p in prompts]
+    longest = max(works)
     left = queued_work + sum(cost.work(p.planned, p.end) for p in prompts)
     if left <= 0:
         # Tokens cost nothing, as far as is known: steps then do.
         return math.inf
     context = sum((p.start + p.end) / 2 for p in prompts) / len(prompts)
-    work = planner.chunk_work(cost, whole, context)
+    work = planner.chunk_work(
+        cost,
+        longest,
+        context,
+        queued=queued_work + sum(works) - longest,
+        left=left,
+        taper=taper,
+    )
     furthest = cost.gamma * max(p.end for p in prompts)
     if furthest <= _NEGLIGIBLE * work:
         # All of it is added, or the last step would leave a few tokens to another one.

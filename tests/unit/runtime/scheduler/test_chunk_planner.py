@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from penstock_runtime.scheduler.chunk_planner import (
     ChunkPlanner,
     ChunkSettings,
+    taper,
 )
 from penstock_runtime.scheduler.cost_model import Cost
 
@@ -132,6 +133,54 @@ def test_a_queue_makes_fewer_and_larger_chunks_down_to_the_overhead() -> None:
     assert counts[1] == round(70 / math.sqrt(2))
     # 7 s in chunks of which 10 ms is 2 %.
     assert counts[-1] == 14
+
+
+def test_a_prompt_by_itself_has_the_best_chunks_however_long_it_is() -> None:
+    # √(W c) is 0.7 s, where c is 0.7 % of a chunk.
+    cost = Cost(c=5e-3, gamma=0.0, b=1e-3, a=0.0)
+    plan = planner(2, 16).plan(cost, 0, 100_000)
+    assert len(plan) == round(math.sqrt(100 / 5e-3))
+    # Others that wait do not make them larger still.
+    assert len(planner(2, 16).plan(cost, 0, 100_000, 10**9)) == len(plan)
+
+
+def test_taper_by_hand() -> None:
+    # 0.89 and what measuring costs: 0.9. One stage behind may have chunks of 0.9 of the one before.
+    assert taper([1.0, 0.89]) == pytest.approx(0.1)
+    # Of two, the second has chunk k at T + 0.9 t, and is done with the one before 1.8 t' behind T'.
+    assert taper([1.0, 0.8, 0.89]) == pytest.approx(1 - 1.8 / 1.9)
+    assert taper([2.0, 1.99]) == taper([1.0, 1.0]) == taper([0.9, 1.0, 0.5]) == 0
+    assert taper([1.0]) == taper([0.0, 0.0]) == 0
+
+
+@given(
+    seconds=st.floats(0.01, 10),
+    faster=st.lists(st.floats(0.0, 0.5), min_size=1, max_size=7),
+    chunks=st.integers(2, 40),
+)
+def test_chunks_that_shrink_by_the_taper_never_wait(
+    seconds: float, faster: list[float], chunks: int
+) -> None:
+    shares = [1.0, *(1 - share for share in faster)]
+    shrink = 1 - taper([seconds * share for share in shares])
+    done = [0.0] * len(shares)
+    for chunk in range(chunks):
+        there = 0.0
+        for stage, share in enumerate(shares):
+            if stage:
+                assert shrink == 1 or there >= done[stage] * (1 - 1e-9)
+            there = done[stage] = max(there, done[stage]) + seconds * share * shrink**chunk
+
+
+def test_chunks_shrink_with_what_is_left() -> None:
+    made, cost = planner(2), Cost(c=1e-2, gamma=0.0, b=1e-3, a=0.0)
+    equal = made.chunk_work(cost, 40, 0)
+    assert equal == pytest.approx(math.sqrt(40 * 1e-2))
+    first, last = (made.chunk_work(cost, 40, 0, left=left, taper=0.05) for left in (40.0, 0.0))
+    assert first == pytest.approx(last + 2)
+    assert last < 0.3 * equal
+    # As many seconds of bubble as further chunks would cost.
+    assert last * (last + 2) == pytest.approx(40 * 1e-2)
 
 
 def test_a_single_stage_has_no_bubble_to_hide() -> None:

@@ -72,7 +72,9 @@ def test_impossible_coefficients_are_refused(value: float) -> None:
         Cost(c=0, gamma=0, b=value, a=0)
 
 
-@settings(max_examples=12, deadline=None)
+# Here and below always the same draws: what is bounded is chance, of steps and of noise, and one
+# in some thousand is beyond any bound.
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(COSTS, st.integers(0, 1000))
 def test_known_coefficients_are_recovered_under_noise(true: Cost, seed: int) -> None:
     model = CostModel()
@@ -84,7 +86,7 @@ def test_known_coefficients_are_recovered_under_noise(true: Cost, seed: int) -> 
     assert 0.01 < model.error < 0.06
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(COSTS, st.integers(0, 1000))
 def test_without_noise_a_few_steps_suffice(true: Cost, seed: int) -> None:
     model = CostModel()

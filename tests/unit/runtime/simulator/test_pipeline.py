@@ -36,10 +36,15 @@ PROMPTS = st.lists(st.integers(1, 3000), min_size=1, max_size=6)
 
 
 def run(
-    hardware: Hardware, prompts: list[int], *, in_turn: bool = False, learn: bool = False
+    hardware: Hardware,
+    prompts: list[int],
+    *,
+    in_turn: bool = False,
+    learn: bool = False,
+    max_tokens: int = 512,
 ) -> Replay:
     costs = [stage.cost for stage in hardware.stages]
-    chunks = ChunkSettings(max_tokens=512, saturation_tokens=16)
+    chunks = ChunkSettings(max_tokens=max_tokens, saturation_tokens=16)
     pages = sum(-(-prompt // PAGE) for prompt in prompts)
     scheduler = scheduler_for(costs, PagePool(pages, PAGE), chunks, learn=learn)
     return replay(
@@ -180,6 +185,24 @@ def _plans(chunks: list[tuple[int, int]] | list[Chunk]) -> list[StepPlan]:
             )
         )
     return plans
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_faster_stages_behind_the_first_make_the_last_chunks_shorter(stages: int) -> None:
+    """And the pipeline faster than with equal chunks, of whatever size."""
+    cost = Cost(c=4e-3, gamma=2e-8, b=1.2e-5, a=1.2e-9)
+    faster = Cost(*(0.95 * value for value in cost.vector()))
+    hardware = Hardware(stages=tuple(map(StageModel, [cost] + [faster] * (stages - 1))))
+    tokens = 100_000
+    ran = run(hardware, [tokens], max_tokens=8192)
+    times = [span.end - span.begin for span in ran.spans if span.stage == 0]
+    assert times[-1] < 0.8 * times[0]
+    planner = ChunkPlanner(stages, PAGE, ChunkSettings(max_tokens=8192))
+    for count in range(20, 200, 5):
+        pipeline = Pipeline(hardware, PAGE)
+        plans = _plans(planner.equal_times(cost, 0, tokens, count))
+        end = max(pipeline.carry_out(plan, 0.0).steps[-1][2] for plan in plans)
+        assert ran.makespan < 0.998 * end
 
 
 def test_links_carry_one_thing_after_another() -> None:
