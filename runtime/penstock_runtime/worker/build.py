@@ -104,7 +104,8 @@ class Builder:
         try:
             await ranks.start(path)
             model = await self._compute.run(self._load, path, config, layers, dtype, ranks)
-            self._health.message = "waiting for the worker's other ranks"
+            if settings.tensor_parallel > 1:
+                self._health.message = "waiting for the worker's other ranks"
             await ranks.loaded()
             pool = await self._compute.run(ranks.take_pool, model)
             await ranks.connect(self._compute)
