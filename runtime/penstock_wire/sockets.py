@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LATE_SECONDS = 1e-3
+"""By which every wake may be late: not what a process that was itself stopped is forgiven."""
+
 
 class LinkDown(Exception):  # noqa: N818 - it names the state
     """The peer is not there: a message cannot be sent."""
@@ -417,9 +420,6 @@ class _OnlyUs:
 
     def callback(self, domain: str, key: bytes) -> bool:  # noqa: ARG002 - pyzmq's interface
         return key == self._public
-
-
-_LATE_SECONDS = 1e-3
 
 
 async def _pause(settings: LinkSettings, begun: float, last_heard: float) -> tuple[float, float]:

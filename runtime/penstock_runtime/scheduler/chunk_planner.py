@@ -132,15 +132,13 @@ class ChunkPlanner:
             taper: what the function of this name returns for the stages.
         """
         settings, overhead = self.settings, self.step_overhead(cost, context)
-        best = math.inf
+        best = overhead / settings.overhead
         if self.stages > 1:
-            best = self._best(work + queued, overhead, left, taper)
-        # Work that waits does not make chunks larger than that, and long prompts do.
-        limit = overhead / settings.overhead
-        if best > limit and self.stages > 1:
-            limit = max(limit, self._best(work, overhead, min(left, work), taper))
+            # Work that waits does not make chunks larger than that, and long prompts do.
+            limit = max(best, self._best(work, overhead, min(left, work), taper))
+            best = min(limit, self._best(work + queued, overhead, left, taper))
         least = cost.work(context, context + settings.saturation_tokens)
-        return max(min(best, limit, settings.max_seconds), least, 1e-9)
+        return max(min(best, settings.max_seconds), least, 1e-9)
 
     def _best(self, work: float, overhead: float, left: float, taper: float) -> float:
         half = taper * work / 2

@@ -44,17 +44,19 @@ def new_engine(
     memory = PoolTensor(layout, 400, dtype=model.dtype, device=model.device)
     pool = PagePool(memory.pages, page_size)
     compute = Compute(threads, streams_of(model.device))
-    yield DecodeEngine(
-        scheduler=DecodeScheduler(pool, 200, settings),
-        pool=pool,
-        ledger=GrantLedger(pool),
-        runner=runner(model, memory),
-        compute=compute,
-        model_digest="test",
-        open_group=lambda *_: pytest.fail("no prefill group was announced"),
-        on_change=lambda: None,
-    )
-    compute.close()
+    try:
+        yield DecodeEngine(
+            scheduler=DecodeScheduler(pool, 200, settings),
+            pool=pool,
+            ledger=GrantLedger(pool),
+            runner=runner(model, memory),
+            compute=compute,
+            model_digest="test",
+            open_group=lambda *_: pytest.fail("no prefill group was announced"),
+            on_change=lambda: None,
+        )
+    finally:
+        compute.close()
 
 
 @asynccontextmanager

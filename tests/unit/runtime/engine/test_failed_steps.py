@@ -18,7 +18,7 @@ from penstock_runtime.model.collective import Alone
 from penstock_runtime.scheduler.batch import Batch, BatchSegment
 from penstock_wire.messages import Failed, Generate, Sampling, pack_tokens
 from tests.unit.runtime.engine.decode_engines import Output, new_engine, running_engine
-from tests.unit.runtime.model.checkpoints import CONFIGS, save, whole_model
+from tests.unit.runtime.model.checkpoints import whole_model
 
 if TYPE_CHECKING:
     from penstock_wire.messages import Message
@@ -37,17 +37,8 @@ class BrokenRanks(Alone):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    save(CONFIGS["llama"], path)
-    return whole_model(path, kernels="torch")
-
-
-@pytest.fixture(scope="module")
-def broken_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("broken")
-    save(CONFIGS["llama"], path)
-    return whole_model(path, kernels="torch", ranks=BrokenRanks())
+def broken_model(llama):
+    return whole_model(llama, kernels="torch", ranks=BrokenRanks())
 
 
 def request(name, prompt=PROMPT):

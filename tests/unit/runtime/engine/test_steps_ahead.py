@@ -12,16 +12,9 @@ import torch
 from penstock_runtime.engine.runner import DecodeRunner
 from penstock_wire.messages import Generate, Sampling, pack_tokens
 from tests.unit.runtime.engine.decode_engines import Output, generate, running_engine
-from tests.unit.runtime.model.checkpoints import CONFIGS, VOCAB, save, whole_model
+from tests.unit.runtime.model.checkpoints import VOCAB
 
 OUTPUT = 20
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    save(CONFIGS["llama"], path)
-    return whole_model(path, kernels="torch")
 
 
 @pytest.fixture(scope="module")

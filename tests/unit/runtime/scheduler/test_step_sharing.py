@@ -126,7 +126,9 @@ def test_steps_one_by_one_are_as_good_as_planned_at_once(
     planner = ChunkPlanner(stages, 16, ChunkSettings(max_tokens=1 << 20, max_seconds=1e9))
     at_once = planner.makespan(cost, planner.plan(cost, 0, tokens))
     page = cost.work(tokens - 16, tokens)
-    assert makespan <= 1.08 * at_once + stages * page
+    # Where reading is dearest, rounding to whole steps was seen to cost 6.4 %.
+    allowed = 1.08 if ratio == 0.2 else 1.06
+    assert makespan <= allowed * at_once + stages * page
 
 
 def test_equal_steps_where_reading_the_prefix_is_dear() -> None:
