@@ -25,14 +25,19 @@ class Shape:
     """Query heads times head dim, of one layer."""
     kv: int
     """Elements of keys and values a token, of all layers."""
-    weight_bytes: int
-    """Of one in memory: the kernels keep the checkpoint's bfloat16, torch widens."""
+    weight_bytes: float
+    """Of all matrices in memory, as they are kept there."""
     kv_bytes: int
     """Of one element in memory."""
 
     @classmethod
-    def of(cls, options: Options) -> Shape:
-        """Read the config.json of a checkpoint of bfloat16, shaped like Llama or Qwen."""
+    def of(cls, options: Options, matrix_bytes: float) -> Shape:
+        """Read the config.json of a checkpoint that is shaped like Llama or Qwen.
+
+        Args:
+            options: the model, and how it is computed.
+            matrix_bytes: what the kernels keep it in; 0: torch does, and widens it to float32.
+        """
         config = json.loads((options.model / "config.json").read_text())
         hidden, layers, dim = (
             config[key] for key in ("hidden_size", "num_hidden_layers", "head_dim")
@@ -40,14 +45,15 @@ class Shape:
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         head = config["vocab_size"] * hidden
         layer = hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config["intermediate_size"]
+        weights = layers * layer + head
         return cls(
-            weights=layers * layer + head,
+            weights=weights,
             head=head,
             last=layer - hidden * dim * 2 * kv_heads,
             layers=layers,
             attention=heads * dim,
             kv=layers * 2 * kv_heads * dim,
-            weight_bytes=2 if options.kernels == "native" else 4,
+            weight_bytes=matrix_bytes or 4 * weights,
             kv_bytes=4 if options.dtype == "float32" else 2,
         )
 
@@ -63,7 +69,7 @@ class Shape:
 
     def step_bytes(self, batch: int, context: float) -> float:
         """Return the bytes that a decode step reads."""
-        return self.weight_bytes * self.weights + self.kv_bytes * batch * context * self.kv
+        return self.weight_bytes + self.kv_bytes * batch * context * self.kv
 
 
 def limit_share(options: Options, task: Task, rate: float, limits: dict[str, float]) -> float:
@@ -73,7 +79,7 @@ def limit_share(options: Options, task: Task, rate: float, limits: dict[str, flo
     are limited by both, so their share of reading is lower.
     """
     row = task.row
-    shape = Shape.of(options)
+    shape = Shape.of(options, limits["matrix_bytes"])
     if row.kind == "prefill":
         narrow = limits.get("bfloat16_gflops") if options.dtype == "bfloat16" else None
         gflops = narrow or limits["float32_gflops"]

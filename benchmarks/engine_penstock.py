@@ -55,6 +55,7 @@ class Engine:
         self._request_ids = map(str, itertools.count(1))
         self._timings: Timings | None = None
         model, memory = self._run(_load, options, found)
+        self._matrix_bytes = model.matrix_bytes or 0
         if isinstance(model.attention, PagedCpuAttention):
             self._timings = model.attention.timings = Timings()
         settings = DecodeSettings(
@@ -121,9 +122,12 @@ class Engine:
         return parts
 
     def limits(self) -> dict[str, float]:
-        """See `engine_worker.Engine`: with the engine's own threads. Needs the C++ kernels."""
+        """See `engine_worker.Engine`: with the engine's own threads. Needs the C++ kernels.
+
+        And `matrix_bytes`, what these keep the model's matrices in.
+        """
         limits: dict[str, float] = self._run(_limits)
-        return limits
+        return limits | {"matrix_bytes": float(self._matrix_bytes)}
 
 
 class _Output:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _HUGE = 2 * 2**20
 """Bytes of a large page on x86-64, and on ARM with pages of 4 KiB."""
+_LINE = 64
+"""Bytes of a cache line."""
 
 
 def large_empty(elements: int, dtype: torch.dtype, alignment: int = 64) -> torch.Tensor:
@@ -44,6 +46,32 @@ def large_empty(elements: int, dtype: torch.dtype, alignment: int = 64) -> torch
         with suppress(OSError):  # refused, as by a kernel that has no large pages
             mapping.madvise(advice, used.data_ptr() - memory.data_ptr(), size // _HUGE * _HUGE)
     return used
+
+
+class Arena:
+    """Memory for pieces that live as long as each other, such as the weights of a model.
+
+    They lie one behind the other, so that all of them are in large pages: a piece by itself would
+    have its end, up to 2 MiB, in small ones.
+    """
+
+    def __init__(self, size: int = 64 * 2**20) -> None:
+        """Ask the system for so many bytes at a time, or for as many as one piece takes."""
+        self._size = size
+        self._free = torch.empty(0, dtype=torch.uint8)
+        self._last = self._free
+
+    def take(self, size: int) -> torch.Tensor:
+        """Return bytes of undefined content, uint8 (size,), that start on a cache line's border."""
+        if size > len(self._free):
+            self._free = large_empty(max(size, self._size), torch.uint8, _LINE)
+        self._last = self._free
+        return self.trim(size)
+
+    def trim(self, size: int) -> torch.Tensor:
+        """Take back the end of the piece that was taken last, and return its first `size` bytes."""
+        self._free = self._last[-(-size // _LINE) * _LINE :]
+        return self._last[:size]
 
 
 @contextmanager

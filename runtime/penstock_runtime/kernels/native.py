@@ -3,7 +3,7 @@
 Shape letters: M rows, K inputs, N outputs or query heads, T tokens, H head dim, P pages.
 
 Activations are float32 throughout, one row after the other. Weights are packed once (`Weight`):
-those of bfloat16 stay so in memory, half of float32, and are widened in registers. Sums are
+those of bfloat16 stay so in memory, or in 12 bits, and are widened in registers. Sums are
 float32.
 
 Call from any thread, but from one at a time: the threads of a call are torch's.
@@ -29,15 +29,17 @@ from penstock_runtime.kernels.structures import (
     Matrix,
     Step,
 )
-from penstock_runtime.memory import large_empty
+from penstock_runtime.memory import Arena
 
 if TYPE_CHECKING:
     from ctypes import Structure
 
-_FLOAT32, _BFLOAT16, _BFLOAT16_PAIRS = 0, 1, 2
+_FLOAT32, _BFLOAT16, _BFLOAT16_PAIRS, _BFLOAT16_CODED = 0, 1, 2, 3
 """`WeightKind` in kernels.h."""
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`KvLayer.element` in kernels.h."""
+_CODED_TOGETHER = 4
+"""Inputs that are coded together."""
 _LOW_HALF = 0xFFFF
 _NO_MEMORY = "the kernels got no memory to work in"
 
@@ -124,6 +126,9 @@ class Kernels:
     def __init__(self) -> None:
         """Raises KernelsUnavailable."""
         level, self._library = load()
+        self._weights = Arena()
+        self.weight_bytes = self.weight_elements = 0
+        """Of all weights that were packed."""
         self.level = level.name
         self.multiplies_bfloat16 = bool(self._library.penstock_has_bf16_products())
         """Whether the processor has instructions for products of bfloat16."""
@@ -149,6 +154,12 @@ class Kernels:
         together.restype = c_int64
         self.columns_together = int(together())
         """See kernels.h: a weight may be divided at multiples of it."""
+        self._coded_bytes = self._library.penstock_coded_bytes
+        self._coded_bytes.argtypes = [c_int64, c_int64]
+        self._coded_bytes.restype = c_int64
+        self._code = self._library.penstock_code_bf16
+        self._code.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
+        self._code.restype = c_int64
         self._packed_elements = self._library.penstock_packed_elements
         self._packed_elements.argtypes = [c_int64, c_int64]
         self._packed_elements.restype = c_int64
@@ -167,7 +178,9 @@ class Kernels:
         """Return a weight in the layout that `linear` takes.
 
         bfloat16 stays as it is, and so does a float32 or float16 weight whose every element is a
-        bfloat16 (a checkpoint of bfloat16 loaded as float32): the products are the same.
+        bfloat16 (a checkpoint of bfloat16 loaded as float32): the products are the same. With
+        `round_inputs` it is kept in 12 bits an element, without loss, if it is as alike as weights
+        are (src/coded.h).
 
         Args:
             weight_NK: on the CPU, of a floating dtype.
@@ -176,14 +189,38 @@ class Kernels:
         """
         outputs, inputs = weight_NK.shape
         narrow = inputs % 2 == 0 and _is_bfloat16(weight_NK)
-        dtype = torch.bfloat16 if narrow else torch.float32
-        plain = weight_NK.to(dtype).contiguous()
-        packed = large_empty(self._packed_elements(outputs, inputs), dtype)
+        plain = weight_NK.to(torch.bfloat16 if narrow else torch.float32).contiguous()
+        packed, kind = None, _FLOAT32
+        if narrow and round_inputs:
+            packed, kind = self._coded(plain), _BFLOAT16_CODED
+        if packed is None:
+            packed = self._packed(plain)
+            if narrow:
+                kind = _BFLOAT16_PAIRS if round_inputs else _BFLOAT16
+        self.weight_bytes += packed.nbytes
+        self.weight_elements += weight_NK.numel()
+        return Weight(packed, packed.data_ptr(), kind, outputs, inputs)
+
+    def _packed(self, weight_NK: torch.Tensor) -> torch.Tensor:
+        outputs, inputs = weight_NK.shape
+        dtype = weight_NK.dtype
+        size = self._packed_elements(outputs, inputs) * dtype.itemsize
+        packed = self._weights.take(size).view(dtype)
+        narrow = dtype == torch.bfloat16
         pack = self._library.penstock_pack_bf16 if narrow else self._library.penstock_pack_f32
         pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
-        pack(plain.data_ptr(), outputs, inputs, packed.data_ptr())
-        kind = _FLOAT32 if not narrow else _BFLOAT16_PAIRS if round_inputs else _BFLOAT16
-        return Weight(packed, packed.data_ptr(), kind, outputs, inputs)
+        pack(weight_NK.data_ptr(), outputs, inputs, packed.data_ptr())
+        return packed
+
+    def _coded(self, weight_NK: torch.Tensor) -> torch.Tensor | None:
+        """Return a weight coded, or None if it cannot be, or takes hardly less."""
+        outputs, inputs = weight_NK.shape
+        if inputs % _CODED_TOGETHER:
+            return None
+        coded = self._weights.take(self._coded_bytes(outputs, inputs))
+        used = self._code(weight_NK.data_ptr(), outputs, inputs, coded.data_ptr())
+        coded = self._weights.trim(used)
+        return coded if used else None
 
     def linear(
         self,

@@ -7,6 +7,7 @@ Shape letters: T tokens of the batch, D hidden size, R rows chosen for sampling,
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from penstock_runtime.model.layers import DecoderLayer, Embedding, Head, WantedRows
     from penstock_runtime.model.weights import Progress
 
+log = logging.getLogger(__name__)
+
 
 class Transformer:
     """The layers [a, b) of a model on one device.
@@ -64,6 +67,7 @@ class Transformer:
         ranks: Collective,
         kernels: FusedKernels | None,
         native_layers: NativeLayers | None,
+        matrix_bytes: int | None = None,
     ) -> None:
         self.config = config
         """Of this rank: its heads, its part of the feed-forward."""
@@ -75,6 +79,8 @@ class Transformer:
         """The backend whose `plan` makes what `forward` takes."""
         self.kernels = kernels
         """The device's own kernels; None: torch's operations."""
+        self.matrix_bytes = matrix_bytes
+        """What the matrices take in memory with the C++ kernels; None: without these."""
         self._layers = layers
         self._native_layers = native_layers
         self._embedding = embedding
@@ -149,6 +155,14 @@ class Transformer:
                 and isinstance(attention, PagedNativeAttention)
             ):
                 whole = native_layers(native, decoder_layers, attention, local, dtype)
+            embedding = loader.embedding() if embed else None
+            output = loader.head() if head else None
+            if native is not None:
+                log.info(
+                    "matrices: %.0f MiB in memory, %.1f bits an element",
+                    native.weight_bytes / 2**20,
+                    8 * native.weight_bytes / native.weight_elements,
+                )
             return cls(
                 local,
                 dtype=dtype,
@@ -156,11 +170,12 @@ class Transformer:
                 device=device,
                 attention=attention,
                 layers=decoder_layers,
-                embedding=loader.embedding() if embed else None,
-                head=loader.head() if head else None,
+                embedding=embedding,
+                head=output,
                 ranks=ranks,
                 kernels=fused,
                 native_layers=whole,
+                matrix_bytes=None if native is None else native.weight_bytes,
             )
 
     @property

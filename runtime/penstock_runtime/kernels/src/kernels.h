@@ -24,10 +24,17 @@ int64_t penstock_packed_elements(int64_t outputs, int64_t inputs);
 void penstock_pack_f32(const float* weight, int64_t outputs, int64_t inputs, float* packed);
 void penstock_pack_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs, uint16_t* packed);
 
+// The same in 12 bits an element, without loss (coded.h). inputs: a multiple of 4. `coded` has room for
+// penstock_coded_bytes. Returns the bytes used, from its first; 0 if they are too few, or there was no
+// memory to work in: then the weight is to be packed.
+int64_t penstock_coded_bytes(int64_t outputs, int64_t inputs);
+int64_t penstock_code_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs, void* coded);
+
 enum WeightKind : int64_t {
   kFloat32 = 0,
   kBfloat16 = 1,       // widened to float32, products and sums in float32
   kBfloat16Pairs = 2,  // x rounded to bfloat16, products of pairs, sums in float32
+  kBfloat16Coded = 3,  // the same, of a weight that is coded
 };
 
 struct Linear {

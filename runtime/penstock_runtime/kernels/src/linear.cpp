@@ -15,9 +15,9 @@
 
 #include <algorithm>
 
+#include "coded.h"
 #include "rows.h"
 #include "scratch.h"
-#include "tile.h"
 
 #include <omp.h>
 
@@ -128,14 +128,18 @@ class Product {
 
   void run_pairs(const RowGroups& x, Range groups, Range columns) const {
     start({x.first(groups.first), x.first(groups.last)}, columns);
-    const auto weight = packed<bf16>() + columns.first / kLanes;
     for (long g = groups.first; g < groups.last; g++) {
       // The last rows find all panels in the second level, and ask for those that come next.
       const bool last = g > groups.first && g + 1 == groups.last;
-      multiply_rows(x.size(g), Interleaved<uint32_t>{x.at(g)},
-                    last ? weight.asking(columns.size() / kLanes) : weight, call_.inputs,
-                    call_.y + x.first(g) * call_.outputs + columns.first, call_.outputs,
-                    columns.size(), into(0));
+      const Interleaved<uint32_t> rows{x.at(g)};
+      float* y = call_.y + x.first(g) * call_.outputs + columns.first;
+      if (call_.kind == kBfloat16Coded) {
+        multiply_coded(x.size(g), rows, columns, last, y);
+      } else {
+        const auto weight = packed<bf16>() + columns.first / kLanes;
+        multiply_rows(x.size(g), rows, last ? weight.asking(columns.size() / kLanes) : weight,
+                      call_.inputs, y, call_.outputs, columns.size(), into(0));
+      }
     }
   }
 
@@ -152,6 +156,23 @@ class Product {
     } else {
       many_rows(packed<T>(), rows, columns, work);
     }
+  }
+
+  void multiply_coded(int rows, Interleaved<uint32_t> x, Range columns, bool asks_for_next,
+                      float* y) const {
+    const auto* pairs = static_cast<const CodedPair*>(call_.weight) + columns.first / kPackedColumns;
+    long ahead = rows == 1 ? kAheadOfOne : kAhead;
+    if (asks_for_next) {
+      const CodedPair& last = pairs[(columns.size() - 1) / kPackedColumns];
+      ahead = last.units() + call_.inputs / kUnitRows * kUnitBytes - pairs->units();
+    }
+    with_rows(rows, [&](auto r) {
+      for (long n = 0; n < columns.size(); n += kPackedColumns) {
+        const long count = std::min<long>(kPackedColumns, columns.size() - n);
+        tile<r.value, 2>(x, Coded{pairs + n / kPackedColumns, ahead}, call_.inputs, y + n,
+                         call_.outputs, count, into(0));
+      }
+    });
   }
 
   // What y is before the first block is added to it, or stored.
@@ -272,7 +293,8 @@ int linear_of_pairs(const Linear& call, const Source& source) {
   // Few groups are rounded in parts.
   const long cuts = std::max(1L, threads / x.count());
 
-  const long unit = std::max<long>(panels_for(x.size(0)) * kLanes, kPackedColumns);
+  const long together_in_tile = call.kind == kBfloat16Coded ? 2 : panels_for(x.size(0));
+  const long unit = std::max<long>(together_in_tile * kLanes, kPackedColumns);
   const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
   const long together = std::max(unit, cached / unit * unit);
   const long count = row_parts * column_parts;
@@ -307,13 +329,16 @@ int linear_of_pairs(const Linear& call, const Source& source) {
 
 Matrix columns(const Matrix& of, long first, long count) {
   const long element = of.kind == kFloat32 ? sizeof(float) : sizeof(bf16);
-  const auto* weight = static_cast<const char*>(of.weight) + first * of.inputs * element;
+  const long before = of.kind == kBfloat16Coded
+                          ? first / kPackedColumns * static_cast<long>(sizeof(CodedPair))
+                          : first * of.inputs * element;
+  const auto* weight = static_cast<const char*>(of.weight) + before;
   return {weight, of.kind, of.bias == nullptr ? nullptr : of.bias + first, count, of.inputs};
 }
 
 int linear(Linear call, const Source& source) {
   if (call.rows == 0) return 0;
-  if (call.kind == kBfloat16Pairs) return linear_of_pairs(call, source);
+  if (call.kind == kBfloat16Pairs || call.kind == kBfloat16Coded) return linear_of_pairs(call, source);
   call.x = source.rows;
   call.x_stride = source.stride;
   if (source.made == Made::as_is) return linear_of_floats(call);

@@ -359,15 +359,13 @@ void row_of_tiles(A a, B b, long k, float* c, long c_stride, long columns, Into 
   }
 }
 
-// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. A is RowMajor or Interleaved;
-// B is Panels, or Natural.
-template <class A, class B>
-void multiply_rows(int rows, A a, B b, long k, float* c, long c_stride, long columns, Into into) {
+// Calls `body` with a number of rows, 1 to kMaxRows, that is known when compiled.
+template <class Body>
+PENSTOCK_INLINE void with_rows(int rows, const Body& body) {
   switch (rows) {
-#define PENSTOCK_CASE(R)                                                                     \
-  case R:                                                                                    \
-    if constexpr (R <= kMaxRows)                                                             \
-      row_of_tiles<R, panels_for(R)>(a, b, k, c, c_stride, columns, into);                   \
+#define PENSTOCK_CASE(R)                                                         \
+  case R:                                                                        \
+    if constexpr (R <= kMaxRows) body(std::integral_constant<int, R>{});         \
     break;
     PENSTOCK_CASE(1)
     PENSTOCK_CASE(2)
@@ -383,6 +381,15 @@ void multiply_rows(int rows, A a, B b, long k, float* c, long c_stride, long col
     PENSTOCK_CASE(12)
 #undef PENSTOCK_CASE
   }
+}
+
+// `rows` of A (1 to kMaxRows) times all panels that hold `columns` columns. A is RowMajor or Interleaved;
+// B is Panels, or Natural.
+template <class A, class B>
+void multiply_rows(int rows, A a, B b, long k, float* c, long c_stride, long columns, Into into) {
+  with_rows(rows, [&](auto r) {
+    row_of_tiles<r.value, panels_for(r.value)>(a, b, k, c, c_stride, columns, into);
+  });
 }
 
 // Rows in groups of at most kMaxRows, as equal as they can be.

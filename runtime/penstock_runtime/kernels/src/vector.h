@@ -58,6 +58,8 @@ PENSTOCK_INLINE Bits load_bits(const void* p) {
 
 PENSTOCK_INLINE void store(float* p, Native v) { std::memcpy(p, &v, sizeof v); }
 
+PENSTOCK_INLINE void store_bits(void* p, Bits v) { std::memcpy(p, &v, sizeof v); }
+
 PENSTOCK_INLINE Native splat(float x) {
 #if defined(__AVX512F__)
   return (Native)_mm512_set1_ps(x);
@@ -332,6 +334,63 @@ PENSTOCK_INLINE void pair_rows(const bf16* low, const bf16* high, Bits (&words)[
   for (int i = 0; i < P * kLanes; i++) {
     words[i / kWidth][i % kWidth] = low[i] | static_cast<uint32_t>(high[i]) << 16;
   }
+#endif
+}
+
+// --- bytes ------------------------------------------------------------------------------------
+
+// Sixteen bytes, as often as a register holds them.
+struct Table {
+  Bits of;
+};
+
+PENSTOCK_INLINE Table load_table(const uint8_t* p) {
+  Table table;
+  for (int i = 0; i < kWidth; i += 4) {
+    std::memcpy(reinterpret_cast<char*>(&table.of) + 4 * i, p, 16);
+  }
+  return table;
+}
+
+// The table's byte that the lower four bits of each byte say.
+PENSTOCK_INLINE Bits look_up(const Table& table, Bits places) {
+  const Bits lower = places & 0x0f0f0f0fu;
+#if defined(__AVX512BW__)
+  return (Bits)_mm512_shuffle_epi8((__m512i)table.of, (__m512i)lower);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_shuffle_epi8((__m256i)table.of, (__m256i)lower);
+#elif defined(__aarch64__)
+  return (Bits)vqtbl1q_u8((uint8x16_t)table.of, (uint8x16_t)lower);
+#else
+  uint8_t from[16], bytes[16];
+  std::memcpy(from, &table.of, sizeof from);
+  std::memcpy(bytes, &lower, sizeof bytes);
+  for (uint8_t& byte : bytes) byte = from[byte];
+  return load_bits(bytes);
+#endif
+}
+
+// Of each 16 bytes of both, in turn: `first` takes of the first eight, `second` of the others.
+PENSTOCK_INLINE void interleave(Bits low, Bits high, Bits* first, Bits* second) {
+#if defined(__AVX512BW__)
+  *first = (Bits)_mm512_unpacklo_epi8((__m512i)low, (__m512i)high);
+  *second = (Bits)_mm512_unpackhi_epi8((__m512i)low, (__m512i)high);
+#elif defined(__AVX2__)
+  *first = (Bits)_mm256_unpacklo_epi8((__m256i)low, (__m256i)high);
+  *second = (Bits)_mm256_unpackhi_epi8((__m256i)low, (__m256i)high);
+#elif defined(__aarch64__)
+  *first = (Bits)vzip1q_u8((uint8x16_t)low, (uint8x16_t)high);
+  *second = (Bits)vzip2q_u8((uint8x16_t)low, (uint8x16_t)high);
+#else
+  uint8_t lows[16], highs[16], both[32];
+  std::memcpy(lows, &low, sizeof lows);
+  std::memcpy(highs, &high, sizeof highs);
+  for (int i = 0; i < 16; i++) {
+    both[2 * i] = lows[i];
+    both[2 * i + 1] = highs[i];
+  }
+  *first = load_bits(both);
+  *second = load_bits(both + 16);
 #endif
 }
 

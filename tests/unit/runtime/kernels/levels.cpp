@@ -61,7 +61,11 @@ void linear(long rows, long kind) {
   } else {
     std::vector<uint16_t> narrow(weight.size());
     for (size_t i = 0; i < weight.size(); i++) narrow[i] = to_bfloat16(weight[i]);
-    penstock_pack_bf16(narrow.data(), outputs, inputs, reinterpret_cast<uint16_t*>(packed));
+    if (kind == kBfloat16Coded) {
+      if (penstock_code_bf16(narrow.data(), outputs, inputs, packed) == 0) std::exit(1);
+    } else {
+      penstock_pack_bf16(narrow.data(), outputs, inputs, reinterpret_cast<uint16_t*>(packed));
+    }
   }
   const Linear call{x.data(), inputs, packed,  kind,   rows % 2 ? bias.data() : nullptr,
                     y.data(), rows,   outputs, inputs, rows % 3 == 0};
@@ -118,7 +122,7 @@ void attention(long element, long pairs, long dim) {
 
 int main() {
   for (long count : {1, 2, 5, 12, 37, 150}) {
-    for (long kind : {kFloat32, kBfloat16, kBfloat16Pairs}) linear(count, kind);
+    for (long kind : {kFloat32, kBfloat16, kBfloat16Pairs, kBfloat16Coded}) linear(count, kind);
   }
   rows();
   for (long dim : {64, 80, 24}) {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from penstock_runtime.errors import ConfigurationError
-from penstock_runtime.memory import large_empty, out_of_memory
+from penstock_runtime.memory import Arena, large_empty, out_of_memory
 
 MIB = 2**20
 
@@ -33,6 +33,29 @@ def test_large_pages_are_asked_for():
         pytest.skip("this kernel has no large pages")
     memory = large_empty(16 * MIB, torch.float32)
     assert "hg" in flags_of_mapping(memory.data_ptr())
+
+
+def test_an_arena_hands_out_pieces_one_behind_the_other():
+    arena = Arena(8 * MIB)
+    first, second = arena.take(100), arena.take(3 * MIB)
+    assert first.shape == (100,)
+    assert first.data_ptr() % (2 * MIB) == 0
+    assert second.data_ptr() == first.data_ptr() + 128
+    kept = arena.trim(1000)
+    assert kept.data_ptr() == second.data_ptr()
+    assert kept.shape == (1000,)
+    assert arena.take(1).data_ptr() == kept.data_ptr() + 1024
+    assert arena.trim(0).shape == (0,)
+    assert arena.take(1).data_ptr() == kept.data_ptr() + 1024
+
+
+def test_an_arena_takes_more_memory_where_a_piece_does_not_fit():
+    arena = Arena(4 * MIB)
+    pieces = [
+        arena.take(size).fill_(value) for value, size in enumerate((3 * MIB, 3 * MIB, 9 * MIB))
+    ]
+    assert [piece.shape for piece in pieces] == [(3 * MIB,), (3 * MIB,), (9 * MIB,)]
+    assert all(piece.eq(value).all() for value, piece in enumerate(pieces))
 
 
 def test_a_refusal_of_large_pages_changes_nothing_but_speed(monkeypatch):

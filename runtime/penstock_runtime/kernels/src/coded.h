@@ -1,0 +1,117 @@
+// Weights of bfloat16 in 12 bits an element, without loss: few rows' products take as long as reading
+// their weights, so they take that much less.
+//
+// The lower byte of an element, an exponent's last bit and the mantissa, could be anything and is kept.
+// The upper byte, sign and exponent, is one of a few in a matrix whose elements are alike: the 16 most
+// frequent of two panels together are in a table, and four bits say which it is.
+//
+// Units hold 4 k's of two panels, in the layout that an instruction makes words of (`interleave`): byte
+// 16 · (column / 4) + 8 · panel + 2 · (column % 4) + k % 2 of a block of 64, for two k's each
+//   uppers   [64] bytes: places in the table, of the first two k's in the lower half of a byte
+//   lows     [2][64] bytes
+// Some units have an element that is not in the table. Such a one is passed over, and lies elsewhere as
+// in `Packed`: the numbers of those of two panels, rising, with kNoUnit behind them, then their elements.
+#pragma once
+
+#include <algorithm>
+
+#include "tile.h"
+
+namespace penstock {
+
+constexpr long kUnitRows = 4;
+constexpr long kUnitElements = kUnitRows * kPackedColumns;
+constexpr long kLows = kUnitElements / 2;  // where they begin in a unit
+constexpr long kUnitBytes = kUnitElements + kUnitElements / 2;
+constexpr long kPlainBytes = 2 * kUnitElements;  // of one that is not coded
+constexpr long kUpperBytes = 16;
+constexpr int32_t kNoUnit = INT32_MAX;
+
+// Two panels: where they lie, in bytes from here.
+struct CodedPair {
+  int64_t numbers_at, elements_at, units_at;
+  uint8_t uppers[kUpperBytes];
+
+  const int32_t* numbers() const { return reinterpret_cast<const int32_t*>(from(numbers_at)); }
+  const char* elements() const { return from(elements_at); }
+  const char* units() const { return from(units_at); }
+
+ private:
+  const char* from(int64_t bytes) const { return reinterpret_cast<const char*>(this) + bytes; }
+};
+
+// What is read next is asked for so far ahead. Measured: one row waits for few lines at a time, which go
+// into the first level; more rows' products take longer than that, and theirs go into the second.
+constexpr long kAheadOfOne = 16 * kUnitBytes, kAhead = 64 * kUnitBytes;
+
+// B of a tile of two panels. Every tile decodes for itself: from 4 rows on that takes no time, for the
+// processor has other parts for it than for products.
+struct Coded {
+  static constexpr bool kFar = true;
+
+  const CodedPair* pair;
+  long ahead;  // in bytes, of what is asked for
+
+  // What tells where the next ones lie.
+  PENSTOCK_INLINE void begin() const { __builtin_prefetch(pair + 2, 0, 3); }
+};
+
+template <int R>
+PENSTOCK_INLINE void ask_for_unit(const char* unit) {
+  _Pragma("GCC unroll 4") for (long line = 0; line < kUnitBytes; line += kLine) {
+    if constexpr (R == 1) {
+      __builtin_prefetch(unit + line, 0, 3);
+    } else {
+      __builtin_prefetch(unit + line, 0, 2);
+    }
+  }
+}
+
+// Calls `take(half, words)` for the two halves of a unit.
+template <class Take>
+PENSTOCK_INLINE void decode(const char* unit, const Table& table, const Take& take) {
+  _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
+    Bits words[2 * kParts];
+    PENSTOCK_EACH(i) {
+      const Bits places = load_bits(unit + i * 4 * kWidth) >> (4 * half);
+      const Bits lows = load_bits(unit + kLows + half * kLine + i * 4 * kWidth);
+      interleave(lows, look_up(table, places), words + i, words + kParts + i);
+    }
+    take(half, words);
+  }
+}
+
+template <int R, int P, class A>
+PENSTOCK_INLINE void multiply(const A& a, Coded b, long k, Accumulators<R, P>& acc) {
+  static_assert(P == 2);
+  const Table table = load_table(b.pair->uppers);
+  const char* unit = b.pair->units();
+  const char* behind = unit + b.ahead;
+  const int32_t* exception = b.pair->numbers();
+  const char* elements = b.pair->elements();
+  const long units = k / kUnitRows;
+  long u = 0;
+  const auto add = [&](int half, const Bits(&words)[2 * kParts]) {
+    a.template ask<R>(2 * u + half);
+    add_pairs(a, 2 * u + half, words, acc);
+  };
+  for (;; u++, unit += kUnitBytes) {
+    for (const long stop = std::min<long>(units, *exception); u < stop; u++) {
+      ask_for_unit<R>(behind);
+      decode(unit, table, add);
+      unit += kUnitBytes;
+      behind += kUnitBytes;
+    }
+    if (u == units) return;
+    _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
+      Bits words[2 * kParts];
+      PENSTOCK_COLUMNS words[c] = load_bits(elements + half * 2 * kLine + c * 4 * kWidth);
+      add(half, words);
+    }
+    exception++;
+    elements += kPlainBytes;
+    behind += kUnitBytes;
+  }
+}
+
+}  // namespace penstock
