@@ -40,9 +40,11 @@ struct CodedPair {
   const char* from(int64_t bytes) const { return reinterpret_cast<const char*>(this) + bytes; }
 };
 
-// What is read next is asked for so far ahead. Measured: one row waits for few lines at a time, which go
-// into the first level; more rows' products take longer than that, and theirs go into the second.
-constexpr long kAheadOfOne = 16 * kUnitBytes, kAhead = 64 * kUnitBytes;
+// What is read next is asked for into the second level, and when it is nearer into the first. Measured: one
+// without the other leaves products of 8 and more rows waiting. For a few rows the processor itself reads
+// ahead, and better than when it is asked.
+constexpr long kAhead = 64 * kUnitBytes, kAheadNear = 20 * kUnitBytes;
+constexpr int kFewCodedRows = 3;
 
 // B of a tile of two panels. Every tile decodes for itself: from 4 rows on that takes no time, for the
 // processor has other parts for it than for products.
@@ -55,17 +57,6 @@ struct Coded {
   // What tells where the next ones lie.
   PENSTOCK_INLINE void begin() const { __builtin_prefetch(pair + 2, 0, 3); }
 };
-
-template <int R>
-PENSTOCK_INLINE void ask_for_unit(const char* unit) {
-  _Pragma("GCC unroll 4") for (long line = 0; line < kUnitBytes; line += kLine) {
-    if constexpr (R == 1) {
-      __builtin_prefetch(unit + line, 0, 3);
-    } else {
-      __builtin_prefetch(unit + line, 0, 2);
-    }
-  }
-}
 
 // Calls `take(half, words)` for the two halves of a unit.
 template <class Take>
@@ -92,12 +83,17 @@ PENSTOCK_INLINE void multiply(const A& a, Coded b, long k, Accumulators<R, P>& a
   const long units = k / kUnitRows;
   long u = 0;
   const auto add = [&](int half, const Bits(&words)[2 * kParts]) {
-    a.template ask<R>(2 * u + half);
+    if constexpr (R > kFewCodedRows) a.template ask<R>(2 * u + half);
     add_pairs(a, 2 * u + half, words, acc);
   };
   for (;; u++, unit += kUnitBytes) {
     for (const long stop = std::min<long>(units, *exception); u < stop; u++) {
-      ask_for_unit<R>(behind);
+      if constexpr (R > kFewCodedRows) {
+        for (long line = 0; line < kUnitBytes; line += kLine) {
+          __builtin_prefetch(behind + line, 0, 2);
+          __builtin_prefetch(unit + kAheadNear + line, 0, 3);
+        }
+      }
       decode(unit, table, add);
       unit += kUnitBytes;
       behind += kUnitBytes;

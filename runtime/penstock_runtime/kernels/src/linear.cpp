@@ -161,7 +161,7 @@ class Product {
   void multiply_coded(int rows, Interleaved<uint32_t> x, Range columns, bool asks_for_next,
                       float* y) const {
     const auto* pairs = static_cast<const CodedPair*>(call_.weight) + columns.first / kPackedColumns;
-    long ahead = rows == 1 ? kAheadOfOne : kAhead;
+    long ahead = kAhead;
     if (asks_for_next) {
       const CodedPair& last = pairs[(columns.size() - 1) / kPackedColumns];
       ahead = last.units() + call_.inputs / kUnitRows * kUnitBytes - pairs->units();
