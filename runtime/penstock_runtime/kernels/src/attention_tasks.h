@@ -145,8 +145,10 @@ class TaskList {
  private:
   long first(long part) const { return part == 0 ? 0 : end_[part - 1]; }
 
+  static constexpr long kLastCuts = 4;
+
   // Calls body(part, task). Of a segment, those with the most keys come first, so that none of them is
-  // left over at the end.
+  // left over at the end; and the last ones are short, so that threads end together.
   template <class Body>
   void each(const Body& body) const {
     parts_.each([&](long part, long segment, long begin, long tokens) {
@@ -155,8 +157,15 @@ class TaskList {
         const long first = begin + tokens * i / pieces, last = begin + tokens * (i + 1) / pieces;
         const long heads = sizes_.heads(last - first);
         for (long head = 0; head < call_.kv.kv_heads; head += heads) {
-          body(part, Task{segment, head, std::min(heads, call_.kv.kv_heads - head), first,
-                          last - first});
+          const long some = std::min(heads, call_.kv.kv_heads - head);
+          const bool ends = i == 0 && parts_.count() > 1 && head + heads >= call_.kv.kv_heads;
+          const long worth = (last - first) / sizes_.least_tokens();
+          const long cuts = ends ? std::clamp(worth, 1L, kLastCuts) : 1;
+          for (long cut = cuts - 1; cut >= 0; cut--) {
+            const long from = first + (last - first) * cut / cuts;
+            const long to = first + (last - first) * (cut + 1) / cuts;
+            body(part, Task{segment, head, some, from, to - from});
+          }
         }
       }
     });
