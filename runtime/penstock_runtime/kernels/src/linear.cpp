@@ -82,33 +82,51 @@ struct RowGroups {
 
   // Rounds the columns `of` of a group, a part of them whose first is a multiple of 16.
   void round(long group, Range of) const {
-    for (int r = 0; r < size(group); r++) {
-      const float* row = x.rows + (first(group) + r) * x.stride;
-      switch (x.made) {
-        case Made::as_is:
-          round_row(group, r, of, [&](long k) { return load_some(row + k, inputs - k); });
-          break;
-        case Made::normed: {
-          const float inverse = inverse_rms(row, inputs, x.epsilon);
-          round_row(group, r, of, [&](long k) { return normed(row, inverse, x.norm, k, inputs); });
-          break;
-        }
-        case Made::gated:
-          round_row(group, r, of, [&](long k) { return gated(row, k, inputs); });
-      }
-    }
+    int r = 0;
+    for (; r + kTogether <= size(group); r += kTogether) round_rows<kTogether>(group, r, of);
+    for (; r < size(group); r++) round_rows<1>(group, r, of);
   }
 
  private:
-  template <class Lanes>
-  PENSTOCK_INLINE void round_row(long group, int r, Range of, const Lanes& lanes) const {
-    const long step = size(group);
+  static constexpr int kTogether = 4;  // rows whose words are written side by side
+
+  template <int R>
+  void round_rows(long group, int r, Range of) const {
+    const float* row[R];
+    float inverse[R];
+    for (int i = 0; i < R; i++) {
+      row[i] = x.rows + (first(group) + r + i) * x.stride;
+      if (x.made == Made::normed) inverse[i] = inverse_rms(row[i], inputs, x.epsilon);
+    }
     uint32_t* to = at(group) + r;
+    const long step = size(group);
+    switch (x.made) {
+      case Made::as_is:
+        return write<R>(to, step, of, [&](int i, long k) { return load_some(row[i] + k, inputs - k); });
+      case Made::normed:
+        return write<R>(to, step, of,
+                        [&](int i, long k) { return normed(row[i], inverse[i], x.norm, k, inputs); });
+      case Made::gated:
+        return write<R>(to, step, of, [&](int i, long k) { return gated(row[i], k, inputs); });
+    }
+  }
+
+  template <int R, class Lanes>
+  PENSTOCK_INLINE void write(uint32_t* to, long step, Range of, const Lanes& lanes) const {
     for (long k = of.first; k < of.last; k += kLanes) {
-      uint32_t pairs[kLanes / 2];
-      narrow16(lanes(k), reinterpret_cast<bf16*>(pairs));
+      uint32_t pairs[R][kLanes / 2];
+      for (int i = 0; i < R; i++) narrow16(lanes(i, k), reinterpret_cast<bf16*>(pairs[i]));
       const long count = std::min<long>(kLanes, inputs - k) / 2;
-      for (long i = 0; i < count; i++) to[(k / 2 + i) * step] = pairs[i];
+      uint32_t* block = to + k / 2 * step;
+      if constexpr (R == kTogether) {
+        if (count == kLanes / 2) {
+          store_side_by_side(pairs, block, step);
+          continue;
+        }
+      }
+      for (long n = 0; n < count; n++) {
+        for (int i = 0; i < R; i++) block[n * step + i] = pairs[i][n];
+      }
     }
   }
 };

@@ -50,8 +50,13 @@ PENSTOCK_INLINE float softmax_row(float* scores, typename Format::Factor* weight
     return 1.0f;
   }
   for (long i = visible; i < panels * kLanes; i++) scores[i] = kNone;
-  Vec highest = load16(scores);
-  for (long p = 1; p < panels; p++) highest = max(highest, load16(scores + p * kLanes));
+  // Two, that do not wait for each other.
+  Vec highest = load16(scores), other = highest;
+  for (long p = 1; p + 1 < panels; p += 2) {
+    highest = max(highest, load16(scores + p * kLanes));
+    other = max(other, load16(scores + (p + 1) * kLanes));
+  }
+  highest = max(max(highest, other), load16(scores + (panels - 1) * kLanes));
   const float before = *maximum, now = std::max(before, max_lanes(highest));
   const float factor = before == now ? 1.0f : weight(before, now);
   Vec total = load16(sum) * splat16(factor);

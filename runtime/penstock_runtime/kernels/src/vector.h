@@ -337,6 +337,27 @@ PENSTOCK_INLINE void pair_rows(const bf16* low, const bf16* high, Bits (&words)[
 #endif
 }
 
+// to[n · step + i] = words[i][n].
+PENSTOCK_INLINE void store_side_by_side(const uint32_t (&words)[4][8], uint32_t* to, long step) {
+#if defined(__AVX2__)
+  __m256i row[4];
+  for (int i = 0; i < 4; i++) std::memcpy(&row[i], words[i], sizeof row[i]);
+  const __m256i a = _mm256_unpacklo_epi32(row[0], row[1]), b = _mm256_unpackhi_epi32(row[0], row[1]);
+  const __m256i c = _mm256_unpacklo_epi32(row[2], row[3]), d = _mm256_unpackhi_epi32(row[2], row[3]);
+  const __m256i four[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
+                           _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
+  for (int n = 0; n < 4; n++) {
+    const __m128i low = _mm256_castsi256_si128(four[n]), high = _mm256_extracti128_si256(four[n], 1);
+    std::memcpy(to + n * step, &low, sizeof low);
+    std::memcpy(to + (n + 4) * step, &high, sizeof high);
+  }
+#else
+  for (int n = 0; n < 8; n++) {
+    for (int i = 0; i < 4; i++) to[n * step + i] = words[i][n];
+  }
+#endif
+}
+
 // --- bytes ------------------------------------------------------------------------------------
 
 // Sixteen bytes, as often as a register holds them.
