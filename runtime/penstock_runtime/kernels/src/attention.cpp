@@ -60,9 +60,10 @@ class Kernel {
 
   void run_sections(const Task& task, float* work) const {
     const State total = state(work), part = state(work + state_floats());
-    total.reset(rows(task), columns_);
     take_queries(task, work);
-    for (long section = 0; section < sections(task); section++) {
+    // The first one's sums are the total: merged with nothing they would be the same.
+    walk(task, 0, last_position(task) + 1, total, work);
+    for (long section = 1; section < sections(task); section++) {
       walk(task, section, last_position(task) + 1, part, work);
       merge(total, part, rows(task), columns_);
     }
