@@ -173,9 +173,6 @@ def run_dtype(
     with running(options, vllm_dtype, python, args.wait_policy, args.timeout) as workers:
         for number in range(-1, args.rounds):
             order = names if number % 2 else names[::-1]
-            for worker in workers.values():  # one that spins would take a core from the loops
-                wait_until_idle(worker)
-            limits.append(workers["penstock"].ask(None, args.timeout))
             for row in rows:
                 wait_for_calm(args.wait_for_calm)
                 # Prompts of a prefill are new in every round, those of a decode stay cached.
@@ -192,6 +189,10 @@ def run_dtype(
                     "cores"
                 )
                 if number >= 0:
+                    for worker in workers.values():  # one that spins would take a core
+                        wait_until_idle(worker)
+                    # Behind each sample: the machine's memory is not always as fast.
+                    limits.append(workers["penstock"].ask(None, args.timeout))
                     share = limit_share(options, task, ours, limits[-1])
                     samples.append({"row": row.name, "round": number, "share": share, **pair})
                     result = {"vllm_dtype": vllm_dtype, "limits": limits, "samples": samples}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from penstock_runtime.memory import large_empty
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,7 +35,8 @@ class Limits:
 
 def measure_limits(kernels: Kernels, seconds: float = 0.5) -> Limits:
     """Measure, for `seconds` each."""
-    memory = torch.ones(_READ_BYTES // 4)
+    # Like weights and KV: in small pages a third less is read.
+    memory = large_empty(_READ_BYTES, torch.uint8).fill_(1)
     pairs = None
     if kernels.multiplies_bfloat16:
         pairs = _best_rate(lambda: kernels.spin(_REPEATS, pairs=True), seconds)
