@@ -27,7 +27,7 @@ _LINE = 64
 """Bytes of a cache line."""
 
 
-def large_empty(elements: int, dtype: torch.dtype, alignment: int = 64) -> torch.Tensor:
+def large_empty(elements: int, dtype: torch.dtype, alignment: int = _LINE) -> torch.Tensor:
     """Return host memory of undefined content that starts on a border of `alignment` bytes.
 
     It is in large pages if it fills one, where the machine gives them.
@@ -64,7 +64,7 @@ class Arena:
     def take(self, size: int) -> torch.Tensor:
         """Return bytes of undefined content, uint8 (size,), that start on a cache line's border."""
         if size > len(self._free):
-            self._free = large_empty(max(size, self._size), torch.uint8, _LINE)
+            self._free = large_empty(max(size, self._size), torch.uint8)
         self._last = self._free
         return self.trim(size)
 

@@ -38,8 +38,6 @@ _FLOAT32, _BFLOAT16, _BFLOAT16_PAIRS, _BFLOAT16_CODED = 0, 1, 2, 3
 """`WeightKind` in kernels.h."""
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`KvLayer.element` in kernels.h."""
-_CODED_TOGETHER = 4
-"""Inputs that are coded together."""
 _LOW_HALF = 0xFFFF
 _NO_MEMORY = "the kernels got no memory to work in"
 
@@ -190,13 +188,12 @@ class Kernels:
         outputs, inputs = weight_NK.shape
         narrow = inputs % 2 == 0 and _is_bfloat16(weight_NK)
         plain = weight_NK.to(torch.bfloat16 if narrow else torch.float32).contiguous()
-        packed, kind = None, _FLOAT32
-        if narrow and round_inputs:
-            packed, kind = self._coded(plain), _BFLOAT16_CODED
-        if packed is None:
+        packed = self._coded(plain) if narrow and round_inputs else None
+        if packed is not None:
+            kind = _BFLOAT16_CODED
+        else:
             packed = self._packed(plain)
-            if narrow:
-                kind = _BFLOAT16_PAIRS if round_inputs else _BFLOAT16
+            kind = _FLOAT32 if not narrow else _BFLOAT16_PAIRS if round_inputs else _BFLOAT16
         self.weight_bytes += packed.nbytes
         self.weight_elements += weight_NK.numel()
         return Weight(packed, packed.data_ptr(), kind, outputs, inputs)
@@ -215,8 +212,6 @@ class Kernels:
     def _coded(self, weight_NK: torch.Tensor) -> torch.Tensor | None:
         """Return a weight coded, or None if it cannot be, or takes hardly less."""
         outputs, inputs = weight_NK.shape
-        if inputs % _CODED_TOGETHER:
-            return None
         coded = self._weights.take(self._coded_bytes(outputs, inputs))
         used = self._code(weight_NK.data_ptr(), outputs, inputs, coded.data_ptr())
         coded = self._weights.trim(used)

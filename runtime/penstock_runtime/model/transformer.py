@@ -67,7 +67,7 @@ class Transformer:
         ranks: Collective,
         kernels: FusedKernels | None,
         native_layers: NativeLayers | None,
-        matrix_bytes: int | None = None,
+        matrix_bytes: int | None,
     ) -> None:
         self.config = config
         """Of this rank: its heads, its part of the feed-forward."""

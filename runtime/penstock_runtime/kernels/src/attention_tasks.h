@@ -12,8 +12,7 @@ namespace penstock {
 constexpr long kTaskFloats = 65536;  // of q in a task, and as many of sums: half of the second level
 constexpr long kFewQueries = 16;
 constexpr long kWorthPacking = 64;  // rows
-
-inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
+constexpr long kLastCuts = 4;       // tasks that a part's last one is cut into
 
 // `count` tokens of a segment from `first` on, for the rows of the KV heads [kv_head, kv_head + heads).
 struct Task {
@@ -145,29 +144,32 @@ class TaskList {
  private:
   long first(long part) const { return part == 0 ? 0 : end_[part - 1]; }
 
-  static constexpr long kLastCuts = 4;
+  // Calls body(first, count) for so many pieces of `count` tokens from `first` on, the last one first.
+  template <class Body>
+  static void backwards(long first, long count, long pieces, const Body& body) {
+    for (long i = pieces - 1; i >= 0; i--) {
+      const long begin = count * i / pieces;
+      body(first + begin, count * (i + 1) / pieces - begin);
+    }
+  }
 
   // Calls body(part, task). Of a segment, those with the most keys come first, so that none of them is
   // left over at the end; and the last ones are short, so that threads end together.
   template <class Body>
   void each(const Body& body) const {
+    const long kv_heads = call_.kv.kv_heads;
     parts_.each([&](long part, long segment, long begin, long tokens) {
-      const long step = sizes_.tokens(), pieces = (tokens + step - 1) / step;
-      for (long i = pieces - 1; i >= 0; i--) {
-        const long first = begin + tokens * i / pieces, last = begin + tokens * (i + 1) / pieces;
-        const long heads = sizes_.heads(last - first);
-        for (long head = 0; head < call_.kv.kv_heads; head += heads) {
-          const long some = std::min(heads, call_.kv.kv_heads - head);
-          const bool ends = i == 0 && parts_.count() > 1 && head + heads >= call_.kv.kv_heads;
-          const long worth = (last - first) / sizes_.least_tokens();
-          const long cuts = ends ? std::clamp(worth, 1L, kLastCuts) : 1;
-          for (long cut = cuts - 1; cut >= 0; cut--) {
-            const long from = first + (last - first) * cut / cuts;
-            const long to = first + (last - first) * (cut + 1) / cuts;
-            body(part, Task{segment, head, some, from, to - from});
-          }
+      const long pieces = (tokens + sizes_.tokens() - 1) / sizes_.tokens();
+      backwards(begin, tokens, pieces, [&](long first, long count) {
+        const long heads = sizes_.heads(count);
+        for (long head = 0; head < kv_heads; head += heads) {
+          const bool ends = parts_.count() > 1 && first == begin && head + heads >= kv_heads;
+          const long cuts = ends ? std::clamp(count / sizes_.least_tokens(), 1L, kLastCuts) : 1;
+          backwards(first, count, cuts, [&](long from, long some) {
+            body(part, Task{segment, head, std::min(heads, kv_heads - head), from, some});
+          });
         }
-      }
+      });
     });
   }
 

@@ -85,15 +85,14 @@ struct CodedLayout {
   CodedLayout(long outputs, long inputs)
       : pairs((outputs + kPackedColumns - 1) / kPackedColumns), units(inputs / kUnitRows) {}
 
-  static long whole_lines(long bytes) { return (bytes + kLine - 1) / kLine * kLine; }
   static long numbers_bytes(long exceptions) {
-    return whole_lines((exceptions + 1) * static_cast<long>(sizeof(int32_t)));
+    return round_up((exceptions + 1) * static_cast<long>(sizeof(int32_t)), kLine);
   }
   long units_bytes() const { return units * kUnitBytes; }
   long pair_bytes(long exceptions) const {
     return numbers_bytes(exceptions) + exceptions * kPlainBytes + units_bytes();
   }
-  long first() const { return whole_lines(pairs * static_cast<long>(sizeof(CodedPair))); }
+  long first() const { return round_up(pairs * static_cast<long>(sizeof(CodedPair)), kLine); }
   // With a sixteenth of the units as exceptions.
   long bytes() const { return first() + pairs * pair_bytes(units / 16); }
 };
@@ -108,6 +107,7 @@ int64_t penstock_coded_bytes(int64_t outputs, int64_t inputs) {
 }
 
 int64_t penstock_code_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs, void* coded) {
+  if (inputs % kUnitRows) return 0;
   const CodedLayout layout(outputs, inputs);
   auto* pairs = static_cast<CodedPair*>(coded);
   int64_t used = layout.first();
@@ -121,9 +121,10 @@ int64_t penstock_code_bf16(const uint16_t* weight, int64_t outputs, int64_t inpu
     failed |= units == nullptr || numbers == nullptr;
 #pragma omp for ordered schedule(static, 1)
     for (long p = 0; p < layout.pairs; p++) {
+      if (failed) continue;
       const PairOfPanels panels(weight, outputs, inputs, p);
       long exceptions = 0;
-      for (long u = 0; u < layout.units && !failed; u++) {
+      for (long u = 0; u < layout.units; u++) {
         if (!panels.code(u, units + u * kUnitBytes)) numbers[exceptions++] = static_cast<int32_t>(u);
       }
       const long size = layout.pair_bytes(exceptions);

@@ -24,9 +24,9 @@ int64_t penstock_packed_elements(int64_t outputs, int64_t inputs);
 void penstock_pack_f32(const float* weight, int64_t outputs, int64_t inputs, float* packed);
 void penstock_pack_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs, uint16_t* packed);
 
-// The same in 12 bits an element, without loss (coded.h). inputs: a multiple of 4. `coded` has room for
-// penstock_coded_bytes. Returns the bytes used, from its first; 0 if they are too few, or there was no
-// memory to work in: then the weight is to be packed.
+// The same in 12 bits an element, without loss (coded.h). `coded` has room for penstock_coded_bytes.
+// Returns the bytes used, from its first; 0 if they are too few, inputs is no multiple of 4, or there was
+// no memory to work in: then the weight is to be packed.
 int64_t penstock_coded_bytes(int64_t outputs, int64_t inputs);
 int64_t penstock_code_bf16(const uint16_t* weight, int64_t outputs, int64_t inputs, void* coded);
 

@@ -311,8 +311,9 @@ int linear_of_pairs(const Linear& call, const Source& source) {
   // Few groups are rounded in parts.
   const long cuts = std::max(1L, threads / x.count());
 
-  const long together_in_tile = call.kind == kBfloat16Coded ? 2 : panels_for(x.size(0));
-  const long unit = std::max<long>(together_in_tile * kLanes, kPackedColumns);
+  const long unit = call.kind == kBfloat16Coded
+                        ? kPackedColumns
+                        : std::max<long>(panels_for(x.size(0)) * kLanes, kPackedColumns);
   const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
   const long together = std::max(unit, cached / unit * unit);
   const long count = row_parts * column_parts;

@@ -14,6 +14,8 @@ namespace penstock {
 constexpr long kLine = 64;
 constexpr size_t kLargePage = 2 << 20;
 
+inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
+
 // Work is cut into so many tasks a thread, where it can be: a thread that loses its core for a while
 // then holds up the others less.
 constexpr long kTasksPerThread = 4;
