@@ -386,7 +386,7 @@ int penstock_attention(const Attention* call) {
     {
       float* mine = work + omp_get_thread_num() * work_floats;
       queues.run(omp_get_thread_num(),
-                 [&](long, long task) { kernel.run_sections(tasks[task], mine); });
+                 [&](long, long task, long) { kernel.run_sections(tasks[task], mine); });
     }
     return 0;
   }

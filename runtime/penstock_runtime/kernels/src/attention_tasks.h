@@ -36,7 +36,8 @@ class TaskSizes {
         kTaskFloats / (group_ * (kv.key_dim + round_up(kv.value_dim, kLanes)) / 2);
     const long shared = tokens * kv.kv_heads / wanted;
     tokens_ = std::min(longest, std::max(1L, std::min(cached, shared)));
-    few_heads_ = streams_ ? std::max(1L, std::min(few * kv.kv_heads / wanted, kv.kv_heads)) : 1;
+    // Neighbours in a page: the longer the runs that are read, the faster.
+    few_heads_ = streams_ ? std::max(1L, std::min(few * kv.kv_heads / threads, kv.kv_heads)) : 1;
   }
 
   // Query heads of a KV head.

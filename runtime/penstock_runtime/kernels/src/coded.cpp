@@ -1,5 +1,5 @@
-// Coding weights (coded.h): of each two panels the most frequent upper bytes, then all units, and those
-// that have another one also as they are.
+// Coding weights (coded.h): of each two panels the most frequent upper bytes, then all units, those that
+// have another one as they are.
 #include "coded.h"
 
 #include <algorithm>
@@ -77,23 +77,23 @@ class PairOfPanels {
   uint8_t uppers_[kUpperBytes], places_[256];
 };
 
-// How a coded weight lies in memory: the table of pairs, then of each the numbers of its exceptions, their
-// elements, and all units. So what a tile needs besides units is asked for with the last tile's.
+// How a coded weight lies in memory: the table of pairs, then of each the numbers of its plain units, and
+// all units.
 struct CodedLayout {
   long pairs, units;  // units: of one pair
 
   CodedLayout(long outputs, long inputs)
       : pairs((outputs + kPackedColumns - 1) / kPackedColumns), units(inputs / kUnitRows) {}
 
-  static long numbers_bytes(long exceptions) {
-    return round_up((exceptions + 1) * static_cast<long>(sizeof(int32_t)), kLine);
+  static long numbers_bytes(long plain) {
+    return round_up((plain + 1) * static_cast<long>(sizeof(int32_t)), kLine);
   }
-  long units_bytes() const { return units * kUnitBytes; }
-  long pair_bytes(long exceptions) const {
-    return numbers_bytes(exceptions) + exceptions * kPlainBytes + units_bytes();
+  long units_bytes(long plain) const {
+    return (units - plain) * kUnitBytes + plain * kPlainBytes;
   }
+  long pair_bytes(long plain) const { return numbers_bytes(plain) + units_bytes(plain); }
   long first() const { return round_up(pairs * static_cast<long>(sizeof(CodedPair)), kLine); }
-  // With a sixteenth of the units as exceptions.
+  // With a sixteenth of the units as they are.
   long bytes() const { return first() + pairs * pair_bytes(units / 16); }
 };
 
@@ -116,18 +116,26 @@ int64_t penstock_code_bf16(const uint16_t* weight, int64_t outputs, int64_t inpu
   {
     // Where a pair lies is known once those before it are coded.
     static thread_local Scratch units_memory, numbers_memory;
-    auto* units = units_memory.take<uint8_t>(layout.units_bytes());
+    auto* units = units_memory.take<uint8_t>(layout.units_bytes(layout.units));
     auto* numbers = numbers_memory.take<int32_t>(layout.units + 1);
     failed |= units == nullptr || numbers == nullptr;
 #pragma omp for ordered schedule(static, 1)
     for (long p = 0; p < layout.pairs; p++) {
       if (failed) continue;
       const PairOfPanels panels(weight, outputs, inputs, p);
-      long exceptions = 0;
+      long plain = 0;
+      uint8_t* unit = units;
       for (long u = 0; u < layout.units; u++) {
-        if (!panels.code(u, units + u * kUnitBytes)) numbers[exceptions++] = static_cast<int32_t>(u);
+        if (panels.code(u, unit)) {
+          unit += kUnitBytes;
+        } else {
+          panels.copy(u, reinterpret_cast<bf16*>(unit));
+          unit += kPlainBytes;
+          numbers[plain++] = static_cast<int32_t>(u);
+        }
       }
-      const long size = layout.pair_bytes(exceptions);
+      numbers[plain] = kNoUnit;
+      const long size = layout.pair_bytes(plain);
       int64_t at;
 #pragma omp ordered
       {
@@ -136,18 +144,12 @@ int64_t penstock_code_bf16(const uint16_t* weight, int64_t outputs, int64_t inpu
       }
       failed |= at + size > layout.bytes();
       if (failed) continue;
-      numbers[exceptions] = kNoUnit;
       uint8_t* to = static_cast<uint8_t*>(coded) + at;
       const int64_t distance = to - reinterpret_cast<uint8_t*>(pairs + p);
-      pairs[p] = {distance, distance + layout.numbers_bytes(exceptions),
-                  distance + size - layout.units_bytes(), {}};
+      pairs[p] = {distance, distance + layout.numbers_bytes(plain), {}};
       std::copy_n(panels.uppers(), kUpperBytes, pairs[p].uppers);
-      std::memcpy(to, numbers, (exceptions + 1) * sizeof(int32_t));
-      for (long i = 0; i < exceptions; i++) {
-        uint8_t* unit = to + layout.numbers_bytes(exceptions) + i * kPlainBytes;
-        panels.copy(numbers[i], reinterpret_cast<bf16*>(unit));
-      }
-      std::memcpy(to + size - layout.units_bytes(), units, layout.units_bytes());
+      std::memcpy(to, numbers, (plain + 1) * sizeof(int32_t));
+      std::memcpy(to + layout.numbers_bytes(plain), units, layout.units_bytes(plain));
     }
   }
   return failed ? 0 : used;

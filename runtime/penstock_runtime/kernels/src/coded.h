@@ -9,8 +9,9 @@
 // 16 · (column / 4) + 8 · panel + 2 · (column % 4) + k % 2 of a block of 64, for two k's each
 //   uppers   [64] bytes: places in the table, of the first two k's in the lower half of a byte
 //   lows     [2][64] bytes
-// Some units have an element that is not in the table. Such a one is passed over, and lies elsewhere as
-// in `Packed`: the numbers of those of two panels, rising, with kNoUnit behind them, then their elements.
+// Some units have an element that is not in the table: such a one is not coded, it lies between the
+// others as in `Packed`. The numbers of those of two panels, rising, with kNoUnit behind them, lie in front
+// of the units: so all that is read of a matrix is one run of addresses, which the processor reads ahead.
 #pragma once
 
 #include <algorithm>
@@ -29,11 +30,10 @@ constexpr int32_t kNoUnit = INT32_MAX;
 
 // Two panels: where they lie, in bytes from here.
 struct CodedPair {
-  int64_t numbers_at, elements_at, units_at;
+  int64_t numbers_at, units_at;
   uint8_t uppers[kUpperBytes];
 
   const int32_t* numbers() const { return reinterpret_cast<const int32_t*>(from(numbers_at)); }
-  const char* elements() const { return from(elements_at); }
   const char* units() const { return from(units_at); }
 
  private:
@@ -56,6 +56,14 @@ struct Coded {
 
   // What tells where the next ones lie.
   PENSTOCK_INLINE void begin() const { __builtin_prefetch(pair + 2, 0, 3); }
+
+  // What is so far behind a unit. Inlined by force: of a function that does nothing else g++ drops the calls.
+  PENSTOCK_INLINE void ask(const char* unit, long bytes) const {
+    for (long line = 0; line < bytes; line += kLine) {
+      __builtin_prefetch(unit + ahead + line, 0, 2);
+      __builtin_prefetch(unit + kAheadNear + line, 0, 3);
+    }
+  }
 };
 
 // Calls `take(half, words)` for the two halves of a unit.
@@ -77,36 +85,27 @@ PENSTOCK_INLINE void multiply(const A& a, Coded b, long k, Accumulators<R, P>& a
   static_assert(P == 2);
   const Table table = load_table(b.pair->uppers);
   const char* unit = b.pair->units();
-  const char* behind = unit + b.ahead;
-  const int32_t* exception = b.pair->numbers();
-  const char* elements = b.pair->elements();
+  const int32_t* plain = b.pair->numbers();
   const long units = k / kUnitRows;
   long u = 0;
   const auto add = [&](int half, const Bits(&words)[2 * kParts]) {
     if constexpr (R > kFewCodedRows) a.template ask<R>(2 * u + half);
     add_pairs(a, 2 * u + half, words, acc);
   };
-  for (;; u++, unit += kUnitBytes) {
-    for (const long stop = std::min<long>(units, *exception); u < stop; u++) {
-      if constexpr (R > kFewCodedRows) {
-        for (long line = 0; line < kUnitBytes; line += kLine) {
-          __builtin_prefetch(behind + line, 0, 2);
-          __builtin_prefetch(unit + kAheadNear + line, 0, 3);
-        }
-      }
+  for (;; u++, plain++) {
+    for (const long stop = std::min<long>(units, *plain); u < stop; u++) {
+      if constexpr (R > kFewCodedRows) b.ask(unit, kUnitBytes);
       decode(unit, table, add);
       unit += kUnitBytes;
-      behind += kUnitBytes;
     }
     if (u == units) return;
+    if constexpr (R > kFewCodedRows) b.ask(unit, kPlainBytes);
     _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
       Bits words[2 * kParts];
-      PENSTOCK_COLUMNS words[c] = load_bits(elements + half * 2 * kLine + c * 4 * kWidth);
+      PENSTOCK_COLUMNS words[c] = load_bits(unit + half * 2 * kLine + c * 4 * kWidth);
       add(half, words);
     }
-    exception++;
-    elements += kPlainBytes;
-    behind += kUnitBytes;
+    unit += kPlainBytes;
   }
 }
 

@@ -29,6 +29,7 @@ constexpr long kRowBlock = 144;     // rows · kBlock floats: 147 KB of the seco
 constexpr long kColumnBlock = 256;  // columns that share a copy of the rows
 constexpr long kPanelBytes = 256 << 10;  // of panels that stay in the second level
 constexpr long kRowsAThread = 48;         // and more: rows are dealt out, not panels
+constexpr long kRoundedByEach = 2;        // rows: each thread rounds them for itself, and waits for none
 constexpr long kFewRows = 3 * kMaxRows;  // measured: widening a panel once pays off behind that
 
 // Copies the first `count` rows of one panel, an even number, as float32.
@@ -296,49 +297,63 @@ int linear_of_floats(const Linear& call) {
 struct Share {
   Range groups, columns;
   long tasks;  // that the columns are cut into
-  long first;  // where they are begun: nobody reads what another is just reading
+  long first;  // where they are begun: of the same columns nobody reads what another is just reading
 };
 
 int linear_of_pairs(const Linear& call, const Source& source) {
   static thread_local Scratch rounded;
-  uint32_t* words = rounded.take<uint32_t>(static_cast<size_t>(call.rows) * call.inputs / 2);
-  if (words == nullptr) return 1;
   const long threads = omp_get_max_threads();
+  const bool by_each = call.rows <= kRoundedByEach;
+  const long size = round_up(static_cast<long>(call.rows) * call.inputs / 2, kLine / sizeof(uint32_t));
+  uint32_t* words = rounded.take<uint32_t>(size * (by_each ? threads : 1));
+  if (words == nullptr) return 1;
   const long most = std::min(threads, Queues::kMost);
   const long row_parts = std::clamp(static_cast<long>(call.rows) / kRowsAThread, 1L, most);
   const long column_parts = most / row_parts;
-  const RowGroups x{source, call.rows, call.inputs, row_parts, words};
+  RowGroups x{source, call.rows, call.inputs, row_parts, words};
   // Few groups are rounded in parts.
   const long cuts = std::max(1L, threads / x.count());
 
   const long unit = call.kind == kBfloat16Coded
                         ? kPackedColumns
                         : std::max<long>(panels_for(x.size(0)) * kLanes, kPackedColumns);
+  // What a second group of rows passes again is as much as stays in the second level. Else the last tasks are
+  // as short as they can be, so that no thread waits for another.
+  const bool pass_again = x.count() > row_parts;
   const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
-  const long together = std::max(unit, cached / unit * unit);
+  const long together = pass_again ? std::max(unit, cached / unit * unit) : unit;
   const long count = row_parts * column_parts;
   Share shares[Queues::kMost];
-  Queues queues(count);
+  Queues queues(count, pass_again ? 0 : kTasksPerThread);
   for (long i = 0; i < count; i++) {
     const Range columns = part(call.outputs, unit, column_parts, i / row_parts);
     const long wanted = std::max((columns.size() + together - 1) / together, kTasksPerThread);
     const long tasks = std::min((columns.size() + unit - 1) / unit, wanted);
-    shares[i] = {part(x.count(), 1, row_parts, i % row_parts), columns, tasks, tasks * i / count};
+    const long first = tasks * (i % row_parts) / row_parts;
+    shares[i] = {part(x.count(), 1, row_parts, i % row_parts), columns, tasks, first};
     queues.set(i, 0, tasks);
   }
 #pragma omp parallel firstprivate(x)
   {
     const Product product(call);
+    const long me = omp_get_thread_num();
+    if (by_each) {
+      x.words += me * size;
+      x.round(0, {0, call.inputs});
+    } else {
 #pragma omp for schedule(static)
-    for (long i = 0; i < x.count() * cuts; i++) {
-      x.round(i / cuts, part(call.inputs, kLanes, cuts, i % cuts));
+      for (long i = 0; i < x.count() * cuts; i++) {
+        x.round(i / cuts, part(call.inputs, kLanes, cuts, i % cuts));
+      }
     }
-    queues.run(omp_get_thread_num(), [&](long index, long task) {
+    queues.run(me, [&](long index, long first, long behind) {
       const Share& share = shares[index];
-      const Range of = part(share.columns.size(), unit, share.tasks,
-                            (share.first + task) % share.tasks);
+      const auto columns_of = [&](long task) {
+        return part(share.columns.size(), unit, share.tasks, (share.first + task) % share.tasks);
+      };
       product.run_pairs(x, share.groups,
-                        {share.columns.first + of.first, share.columns.first + of.last});
+                        {share.columns.first + columns_of(first).first,
+                         share.columns.first + columns_of(behind - 1).last});
     });
   }
   return 0;

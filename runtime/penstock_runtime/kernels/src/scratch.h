@@ -26,22 +26,27 @@ class Queues {
  public:
   static constexpr long kMost = 64;
 
-  explicit Queues(long count) : count_(count) {}
+  // Of each queue a thread takes one task at a time, or with `share` that part of those that are left: a
+  // few at first, which lie one behind the other, and single ones in the end.
+  explicit Queues(long count, long share = 0) : count_(count), share_(share) {}
 
   // Queue `index` has the tasks [first, last).
   void set(long index, long first, long last) { of_[index] = {first, last}; }
 
-  // Calls `body(queue, task)`.
+  // Calls `body(queue, first task, behind the last)`.
   template <class Body>
   void run(long thread, const Body& body) {
     for (long turn = 0; turn < count_; turn++) {
       const long queue = (thread + turn) % count_;
-      for (;;) {
-        long task;
-#pragma omp atomic capture
-        task = of_[queue].next++;
-        if (task >= of_[queue].last) break;
-        body(queue, task);
+      Queue& from = of_[queue];
+      long first = __atomic_load_n(&from.next, __ATOMIC_RELAXED);
+      while (first < from.last) {
+        const long behind = first + some(from.last - first);
+        if (__atomic_compare_exchange_n(&from.next, &first, behind, false, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED)) {
+          body(queue, first, behind);
+          first = __atomic_load_n(&from.next, __ATOMIC_RELAXED);
+        }
       }
     }
   }
@@ -51,7 +56,9 @@ class Queues {
     long next, last;
   };
 
-  long count_;
+  long some(long left) const { return share_ == 0 ? 1 : (left + share_ - 1) / share_; }
+
+  long count_, share_;
   Queue of_[kMost];
 };
 
