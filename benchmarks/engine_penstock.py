@@ -30,6 +30,7 @@ from penstock_runtime.model.transformer import Transformer
 from penstock_runtime.scheduler.decode import DecodeScheduler, DecodeSettings
 from penstock_runtime.transfer.ownership import GrantLedger
 from penstock_runtime.worker.prepare import capture_graphs, warm_up
+from penstock_wire.garbage import keep_what_is_there
 from penstock_wire.messages import Generate, Sampling, Tokens, pack_tokens
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Engine:
             open_group=_no_group,
             on_change=lambda: None,
         )
+        keep_what_is_there()  # as a worker does
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the function's result, computed on the engine's own thread."""

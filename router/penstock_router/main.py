@@ -32,6 +32,7 @@ from penstock_router.served_model import FILES, ServedModel, load_served_model
 from penstock_router.server import CloseWhenDraining, Server, listeners
 from penstock_router.wake import Waker
 from penstock_router.workers import Fleet
+from penstock_wire.garbage import keep_what_is_there
 from penstock_wire.keys import InvalidKeys, Keys
 from penstock_wire.messages import Hello
 from penstock_wire.model_source import ModelSourceError, resolve
@@ -174,6 +175,7 @@ async def serve(settings: Settings) -> None:
         timeout_keep_alive=75,  # above the 60 s after which common load balancers drop a connection
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
+    keep_what_is_there()
     sockets = listeners(settings.host, settings.port, settings.fd)
     async with router.running():
         await Server(config, router.readiness, own=sockets[0]).serve(sockets=sockets)

@@ -13,7 +13,7 @@ import torch
 
 from penstock_runtime.attention.base import ProjectedAttention
 from penstock_runtime.attention.slots import Slots
-from penstock_runtime.kernels.native import KvPages, Segments
+from penstock_runtime.kernels.native import KvPages, Segments, TokenSlots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class NativePlan:
     """A batch as the kernels take it."""
 
-    slots: Slots
+    slots: TokenSlots
     segments: Segments
 
 
@@ -44,31 +44,42 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         self._layers: dict[tuple[int, torch.Size, torch.dtype], KvPages] = {}
         """By address and shape: finding out how a layer lies costs more than a look here."""
 
-    def plan(self, segments: Sequence[Segment], page_size: int, device: torch.device) -> NativePlan:
+    def plan(
+        self,
+        segments: Sequence[Segment],
+        page_size: int,
+        device: torch.device,  # noqa: ARG002 - tables for the kernels are always on the CPU
+    ) -> NativePlan:
         """List the segments' rows and pages."""
         rows: list[int] = []
         pages: list[int] = []
         first_page: list[int] = []
-        first_row = 0
+        positions: list[int] = []
+        own_pages: list[int] = []
         for segment in segments:
-            rows.append(first_row)
-            first_row += segment.length
+            end = segment.start + segment.length
+            rows.append(len(positions))
             first_page.append(len(pages))
-            pages += list(segment.pages)[: -(-(segment.start + segment.length) // page_size)]
-        table = Segments(
-            starts=torch.tensor([segment.start for segment in segments]),
-            lengths=torch.tensor([segment.length for segment in segments]),
-            first_rows=torch.tensor(rows),
-            first_pages=torch.tensor(first_page),
-            pages=torch.tensor(pages),
+            pages += segment.pages[: -(-end // page_size)]
+            positions += range(segment.start, end)
+            own_pages += [segment.pages[p // page_size] for p in range(segment.start, end)]
+        return NativePlan(
+            TokenSlots(positions, own_pages, [p % page_size for p in positions]),
+            Segments(
+                starts=[segment.start for segment in segments],
+                lengths=[segment.length for segment in segments],
+                first_rows=rows,
+                first_pages=first_page,
+                pages=pages,
+            ),
         )
-        return NativePlan(Slots.of(segments, page_size, device), table)
 
     def write(
         self, plan: NativePlan, k_TKH: torch.Tensor, v_TKH: torch.Tensor, kv_layer: torch.Tensor
     ) -> None:
         """See the interface."""
-        plan.slots.write(kv_layer, k_TKH, v_TKH)
+        slots = plan.slots
+        Slots(torch.tensor(slots.pages), torch.tensor(slots.offsets)).write(kv_layer, k_TKH, v_TKH)
 
     def attend(
         self, plan: NativePlan, q_TNH: torch.Tensor, kv_layer: torch.Tensor, scale: float
@@ -89,13 +100,13 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         kv_layer: torch.Tensor,
     ) -> torch.Tensor:
         """Norm, rotate and write in one pass."""
-        qkv_TW, slots = qkv_TW.float(), plan.slots
+        qkv_TW = qkv_TW.float()
         self._kernels.attention_inputs(
             qkv_TW,
             heads=heads,
             norm=norm,
             rotations=rotations,
-            slots=(slots.pages, slots.offsets),
+            slots=plan.slots,
             kv=self._pages(kv_layer),
         )
         return qkv_TW

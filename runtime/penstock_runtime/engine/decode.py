@@ -158,6 +158,8 @@ class DecodeEngine:
         self._groups: dict[str, GroupLink] = {}
         self._grants: dict[int, _Granted] = {}
         self._steps: deque[_Step] = deque()
+        self._measured: list[tuple[Batch, float]] = []
+        """Steps that have ended and were not learned from yet, with their seconds."""
         self._closing = Tasks()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -299,6 +301,7 @@ class DecodeEngine:
             self._reconsider()
             self._admit()
             self._give_out()
+            self._learn()
             self._on_change()
             await self._sleep()
 
@@ -313,10 +316,8 @@ class DecodeEngine:
                 await self._fail_steps(error)
                 return
             self._steps.popleft()
-            seconds, batch = timed.end - timed.begin, step.batch
-            self.scheduler.cost.observe(batch.chunks, seconds)
-            self.stats.step(seconds, decoded_only=batch.tokens == len(batch.segments))
-            self._stream(batch, timed.result)
+            self._measured.append((step.batch, timed.end - timed.begin))
+            self._stream(step.batch, timed.result)
 
     async def _fail_steps(self, error: Exception) -> None:
         """A step failed. The one behind it was to go on with what it gave."""
@@ -326,6 +327,13 @@ class DecodeEngine:
         for request_id in self.scheduler.abort_steps():
             message = f"the model could not be computed: {error}"
             self._fail(request_id, "internal", message[:1000], retriable=False)
+
+    def _learn(self) -> None:
+        """Take down how long steps took. That has time until the next one is computed."""
+        for batch, seconds in self._measured:
+            self.scheduler.cost.observe(batch.chunks, seconds)
+            self.stats.step(seconds, decoded_only=batch.tokens == len(batch.segments))
+        self._measured.clear()
 
     def _reconsider(self) -> None:
         """Something has happened: plan the step anew that has not begun."""
@@ -347,9 +355,11 @@ class DecodeEngine:
             self._idle.set()
         # The end of a step wakes as well.
         deadline = self.scheduler.next_deadline()
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if deadline is None:
+            await self._wake.wait()
+            return
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self._wake.wait()
 
     def _admit(self) -> None:

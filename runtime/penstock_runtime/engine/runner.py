@@ -67,7 +67,8 @@ class StageRunner:
                 hidden_TD = self._model.embed(inputs)
             else:
                 hidden_TD = self._model.ranks.share(inputs)
-            return forward(self._model, self._pool, hidden_TD, segments, self._wanted)
+            hidden_TD = forward(self._model, self._pool, hidden_TD, segments, self._wanted)
+        return hidden_TD.to(self._model.dtype)
 
 
 class DecodeRunner:
@@ -170,6 +171,8 @@ def forward(
 ) -> torch.Tensor:
     """Return hidden states behind the model's layers, (R, D); KV of all rows goes into the pool.
 
+    See `Transformer.forward`.
+
     Args:
         model: its layers.
         pool: where the pages of the segments are.
@@ -182,7 +185,8 @@ def forward(
     wanted = None
     if rows is not None and len(rows) < len(hidden_TD):
         wanted = WantedRows.of(segments, rows, model.attention, page_size, device)
-    return model.forward(hidden_TD, positions_of(segments, device), plan, pool.tensor, wanted)
+    positions = None if model.positions_in_plan else positions_of(segments, device)
+    return model.forward(hidden_TD, positions, plan, pool.tensor, wanted)
 
 
 def positions_of(segments: Sequence[Segment], device: torch.device) -> torch.Tensor:

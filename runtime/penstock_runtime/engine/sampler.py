@@ -88,11 +88,7 @@ def sample(
         raise ValueError(f"{logits_RV.shape[0]} rows of logits for {len(rows)} sequences")
     if not rows:
         return []
-    largest, ids = logits_RV.max(dim=-1)
-    if not bool(torch.isfinite(largest).all()):
-        broken = torch.nonzero(~torch.isfinite(largest)).flatten().tolist()
-        raise BrokenLogits(f"rows {broken} of the logits have no largest finite value")
-    chosen: list[int] = ids.tolist()
+    chosen = _likeliest(logits_RV)
     plain = _plain(logits_RV, rows) if together or (together is None and logits_RV.is_cuda) else {}
     out: list[TokenOut] = []
     for index, (logits_V, row) in enumerate(zip(logits_RV, rows, strict=True)):
@@ -104,6 +100,24 @@ def sample(
             token = _choose(logits_V, row)
         out.append(_with_logprobs(logits_V, row.sampling.logprobs, token))
     return out
+
+
+def _likeliest(logits_RV: torch.Tensor) -> list[int]:
+    """Return the id of each row's largest logit, the lowest among equals. Raises BrokenLogits."""
+    largest: list[float]
+    chosen: list[int]
+    if logits_RV.is_cuda or logits_RV.dtype == torch.bfloat16:
+        values, ids = logits_RV.max(dim=-1)
+        largest, chosen = values.tolist(), ids.tolist()
+    else:
+        # torch looks at one element after the other.
+        table = logits_RV.numpy()
+        chosen = table.argmax(axis=-1).tolist()
+        largest = [table.item(row, place) for row, place in enumerate(chosen)]
+    broken = [row for row, value in enumerate(largest) if not math.isfinite(value)]
+    if broken:
+        raise BrokenLogits(f"rows {broken} of the logits have no largest finite value")
+    return chosen
 
 
 def _plain(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> dict[int, int]:

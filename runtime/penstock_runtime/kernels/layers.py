@@ -26,7 +26,7 @@ from penstock_runtime.kernels.structures import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock_runtime.kernels.native import Kernels, Segments, Weight
+    from penstock_runtime.kernels.native import Kernels, Segments, TokenSlots, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,10 @@ class LayersShape:
     head_dim: int
     epsilon: float
     """Of all norms."""
+    frequencies: torch.Tensor
+    """float32 (H / 2): pair i of a head is turned by position · frequencies[i]."""
+    magnitude: float
+    """What turned pairs are multiplied by."""
     dtype: torch.dtype
     """Whose precision hidden states have behind each half of a layer."""
     round_inputs: bool
@@ -106,6 +110,7 @@ class NativeLayers:
         self._kernels = kernels
         self._weights = list(layers)  # the library is given addresses only
         self._shape = shape
+        check(shape.frequencies, "frequencies", (shape.head_dim // 2,))
         self._layers = (DecoderLayer * len(layers))(*map(_layer, layers))
         self._attention_layers = [
             made for made, given in zip(self._layers, layers, strict=True) if given.attention
@@ -119,8 +124,7 @@ class NativeLayers:
         self,
         x_TD: torch.Tensor,
         *,
-        rotations: torch.Tensor,
-        slots: tuple[torch.Tensor, torch.Tensor],
+        slots: TokenSlots,
         segments: Segments,
         kv_pool: torch.Tensor,
         last: LastLayer | None = None,
@@ -129,17 +133,16 @@ class NativeLayers:
 
         Args:
             x_TD: float32, in front of them; changed.
-            rotations: as for `Kernels.attention_inputs`.
-            slots: as there.
+            slots: of the batch's tokens.
             segments: as for `Kernels.attention`.
             kv_pool: (pages, layers, 2, K, S, H).
             last: what is wanted; None: all rows.
         """
         shape, tokens = self._shape, len(x_TD)
         check(x_TD, "x", (tokens, shape.hidden))
-        check(rotations, "rotations", (tokens, 1, shape.head_dim // 2), torch.complex64)
-        for slot in slots:
-            check(slot, "slots", (tokens,), torch.int64)
+        if len(slots) != tokens:
+            raise ValueError(f"slots of {len(slots)} tokens for {tokens}")
+        position_of, page_of, offset_of = slots.addresses
         pages = self._lay_out(kv_pool)
         step = Step(
             x_TD.data_ptr(),
@@ -147,14 +150,17 @@ class NativeLayers:
             shape.hidden,
             ELEMENTS[shape.dtype],
             shape.epsilon,
+            position_of,
+            shape.frequencies.data_ptr(),
+            shape.magnitude,
             AttentionInputs(
                 None,
                 tokens,
                 shape.heads,
                 None,
-                rotations.data_ptr(),
-                slots[0].data_ptr(),
-                slots[1].data_ptr(),
+                None,
+                page_of,
+                offset_of,
                 shape.epsilon,
                 KvLayer(),
             ),
@@ -164,13 +170,11 @@ class NativeLayers:
             self._kernels.layers(self._layers, step)
             return x_TD if last is None else x_TD[last.rows]
         x_RD = torch.empty(len(last.rows), shape.hidden)
-        turns = rotations[last.rows]
         step.last = pointer(
             LastRows(
                 x_RD.data_ptr(),
                 last.rows.data_ptr(),
                 len(x_RD),
-                turns.data_ptr(),
                 Attention() if last.segments is None else self._attention(last.segments, pages),
             )
         )

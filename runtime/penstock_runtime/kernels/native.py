@@ -12,8 +12,10 @@ Call from any thread, but from one at a time: the threads of a call are torch's.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from ctypes import c_double, c_float, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +34,7 @@ from penstock_runtime.kernels.structures import (
 from penstock_runtime.memory import Arena
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from ctypes import Structure
 
 _FLOAT32, _BFLOAT16, _BFLOAT16_PAIRS, _BFLOAT16_CODED = 0, 1, 2, 3
@@ -89,17 +92,33 @@ class KvPages:
         )
 
 
+class _Tables:
+    """Tables of int64, one behind the other.
+
+    They are no tensors: to make those takes long while all caches are full of weights.
+    """
+
+    def __init__(self, *tables: Sequence[int]) -> None:
+        self._memory = array("q")
+        lengths = [len(table) for table in tables]
+        for table in tables:
+            self._memory.extend(table)
+        begin, _ = self._memory.buffer_info()
+        self.addresses = tuple(begin + 8 * before for before in accumulate(lengths[:-1], initial=0))
+        """Where each of them is."""
+
+
 class Segments:
-    """A batch for `Kernels.attention`. All tensors are int64."""
+    """A batch for `Kernels.attention`."""
 
     def __init__(
         self,
         *,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        first_rows: torch.Tensor,
-        first_pages: torch.Tensor,
-        pages: torch.Tensor,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        first_rows: Sequence[int],
+        first_pages: Sequence[int],
+        pages: Sequence[int],
     ) -> None:
         """Keep the tables.
 
@@ -110,12 +129,36 @@ class Segments:
             first_pages: where its pages begin in `pages`.
             pages: those of all segments, one after the other.
         """
-        count = starts.shape
-        for name, x in (("lengths", lengths), ("rows", first_rows), ("first_pages", first_pages)):
-            check(x, name, count, torch.int64)
-        self._tables = (starts, lengths, first_rows, first_pages, pages)
-        self.addresses = (count[0], *(table.data_ptr() for table in self._tables))
+        count = len(starts)
+        if not count == len(lengths) == len(first_rows) == len(first_pages):
+            raise ValueError("the tables of segments differ in length")
+        self._tables = _Tables(starts, lengths, first_rows, first_pages, pages)
+        self.addresses = (count, *self._tables.addresses)
         """The number of segments, and where the tables are, as the library takes them."""
+
+
+class TokenSlots:
+    """A batch's own tokens: their positions, and where their keys and values go."""
+
+    def __init__(
+        self, positions: Sequence[int], pages: Sequence[int], offsets: Sequence[int]
+    ) -> None:
+        """Keep the tables, a token after the other.
+
+        Args:
+            positions: in their sequences.
+            pages: that they lie in.
+            offsets: their places in these.
+        """
+        if not len(positions) == len(pages) == len(offsets):
+            raise ValueError("the tables of tokens differ in length")
+        self.pages, self.offsets = pages, offsets
+        self._tables = _Tables(positions, pages, offsets)
+        self.addresses = self._tables.addresses
+        """Of positions, pages and offsets."""
+
+    def __len__(self) -> int:
+        return len(self.pages)
 
 
 class Kernels:
@@ -272,7 +315,7 @@ class Kernels:
         heads: int,
         norm: tuple[torch.Tensor, float] | None,
         rotations: torch.Tensor,
-        slots: tuple[torch.Tensor, torch.Tensor],
+        slots: TokenSlots,
         kv: KvPages,
     ) -> None:
         """Turn what was projected into q, and into keys and values in their pages.
@@ -283,7 +326,7 @@ class Kernels:
             heads: query heads.
             norm: weights (query and KV heads, H) and epsilon of an RMS norm over each head.
             rotations: complex64, H / 2 a token: what pairs of neighbours are multiplied by.
-            slots: page of each token, and its place in the page, int64 (T,).
+            slots: of the tokens.
             kv: where keys and values go.
         """
         tokens, kv_heads, key_dim = qkv_TW.shape[0], kv.kv_heads, kv.key_dim
@@ -293,8 +336,9 @@ class Kernels:
             check(norm[0], "norm", (heads + kv_heads, key_dim))
         if rotations.dtype != torch.complex64 or rotations.numel() != tokens * (key_dim // 2):
             raise ValueError(f"rotations are {rotations.dtype} {tuple(rotations.shape)}")
-        for slot in slots:
-            check(slot, "slots", (tokens,), torch.int64)
+        if len(slots) != tokens:
+            raise ValueError(f"slots of {len(slots)} tokens for {tokens}")
+        _, page_of, offset_of = slots.addresses
         self._attention_inputs(
             AttentionInputs(
                 qkv_TW.data_ptr(),
@@ -302,8 +346,8 @@ class Kernels:
                 heads,
                 None if norm is None else norm[0].data_ptr(),
                 rotations.data_ptr(),
-                slots[0].data_ptr(),
-                slots[1].data_ptr(),
+                page_of,
+                offset_of,
                 0.0 if norm is None else norm[1],
                 kv.layer,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -114,7 +114,6 @@ class LastRows(Structure):
         ("x", c_void_p),
         ("rows", c_void_p),
         ("count", c_int64),
-        ("rotations", c_void_p),
         ("attention", Attention),
     ]
 
@@ -128,6 +127,9 @@ class Step(Structure):
         ("hidden", c_int64),
         ("element", c_int64),
         ("epsilon", c_float),
+        ("positions", c_void_p),
+        ("frequencies", c_void_p),
+        ("magnitude", c_double),
         ("inputs", AttentionInputs),
         ("attention", Attention),
         ("last", POINTER(LastRows)),

@@ -16,6 +16,7 @@ from penstock_runtime.kernels.layers import (
     Projection,
 )
 from penstock_runtime.model.operators import NativeLinear, NativeNorm
+from penstock_runtime.model.rope import frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,8 @@ def native_layers(
         heads=config.heads,
         head_dim=config.head_dim,
         epsilon=config.norm_eps,
+        frequencies=frequencies(config.rope, config.head_dim),
+        magnitude=config.rope.attention_factor,
         dtype=dtype,
         round_inputs=attention.round_inputs,
     )

@@ -118,11 +118,13 @@ def rotations(
     """Return the complex factors magnitude · e^(i·p·f), complex64 (T, 1, H/2).
 
     Angles are float32: at a million tokens their error is 0.06 radians in the fastest plane, as in
-    the implementations that the models were trained with.
+    the implementations that the models were trained with. What is made of them is rounded from
+    float64, so that it is the same in every library; the C++ kernels do likewise (layers.cpp).
     """
-    angles = positions_T.to(torch.float32)[:, None] * frequencies
+    angles = (positions_T.to(torch.float32)[:, None] * frequencies).double()
     # Filled on the device: a copy from the host could not be part of a CUDA graph.
-    return torch.polar(torch.full_like(angles, magnitude), angles)[:, None, :]
+    turns = torch.polar(torch.full_like(angles, magnitude), angles)
+    return turns.to(torch.complex64)[:, None, :]
 
 
 @dataclass(frozen=True, slots=True)

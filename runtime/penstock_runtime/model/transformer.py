@@ -179,6 +179,11 @@ class Transformer:
             )
 
     @property
+    def positions_in_plan(self) -> bool:
+        """Whether `forward` takes the positions from the plan: the C++ kernels have all layers."""
+        return self._native_layers is not None
+
+    @property
     def num_layers(self) -> int:
         """Layers whose attention, and so whose KV, is held."""
         return sum(layer.attention is not None for layer in self._layers)
@@ -191,32 +196,33 @@ class Transformer:
     def forward(
         self,
         hidden_TD: torch.Tensor,
-        positions_T: torch.Tensor,
+        positions_T: torch.Tensor | None,
         plan: Any,
         kv_pool: torch.Tensor,
         wanted: WantedRows | None = None,
     ) -> torch.Tensor:
         """Run the layers [a, b) and return the hidden states (T, D), or those wanted, (R, D).
 
+        They are of `compute_dtype`, with values that `dtype` has.
+
         Args:
-            hidden_TD: of the layer before, `dtype`; not changed.
-            positions_T: of the batch's tokens, in batch order.
+            hidden_TD: of the layer before; not changed.
+            positions_T: of the batch's tokens, in batch order; None with `positions_in_plan`.
             plan: `self.attention.plan` of the same batch.
             kv_pool: (pages, layers, 2, K, S, H); keys and values of the batch are written.
             wanted: the rows whose hidden states are wanted; None: all. Only with a model's end.
         """
-        turns = rotations(positions_T, self._frequencies, self.config.rope.attention_factor)
         x_TD = hidden_TD.to(self.compute_dtype, copy=True)
         if self._native_layers is not None:
-            x_TD = self._native_layers.run(
+            return self._native_layers.run(
                 x_TD,
-                rotations=turns,
-                slots=(plan.slots.pages, plan.slots.offsets),
+                slots=plan.slots,
                 segments=plan.segments,
                 kv_pool=kv_pool,
                 last=None if wanted is None else _last_layer(wanted),
             )
-            return x_TD.to(self.dtype)
+        assert positions_T is not None
+        turns = rotations(positions_T, self._frequencies, self.config.rope.attention_factor)
         fused = None if self.kernels is None else Fused(self.kernels, RopeTable.of(turns))
         step = AttentionStep(self.attention, plan, turns, fused)
         kv_layers = iter(kv_pool.unbind(1))
@@ -229,7 +235,7 @@ class Transformer:
                     layer.attention(x_TD, step, kv_layer)
             if layer.feed_forward is not None and len(x_TD):
                 layer.feed_forward(x_TD)
-        return x_TD.to(self.dtype)
+        return x_TD
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """Return float32 logits (R, V) of chosen rows of the last layer. Only with `head`.

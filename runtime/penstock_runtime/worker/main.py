@@ -28,6 +28,7 @@ from penstock_runtime.worker.http import Health, create_app, serving
 from penstock_runtime.worker.metrics import WorkerCollector
 from penstock_runtime.worker.prefill import PrefillWorker
 from penstock_runtime.worker.settings import WorkerSettings, parse
+from penstock_wire.garbage import keep_what_is_there
 from penstock_wire.keys import InvalidKeys
 from penstock_wire.model_source import ModelSourceError
 
@@ -96,6 +97,7 @@ class Process:
             await asyncio.gather(start, return_exceptions=True)
             return
         worker = start.result()
+        keep_what_is_there()
         self._health.state, self._health.progress, self._health.message = "ready", 1.0, ""
         worker.changed()
         log.info("%s is ready", self._settings.name)

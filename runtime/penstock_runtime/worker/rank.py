@@ -30,6 +30,7 @@ from penstock_runtime.kvcache.tensors import PoolTensor
 from penstock_runtime.model.collective import Ranks
 from penstock_runtime.model.config import DTYPES, ModelConfig
 from penstock_runtime.model.transformer import Transformer
+from penstock_wire.garbage import keep_what_is_there
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,6 +101,7 @@ def main() -> None:
             model, _pool(setup, model, msgspec.msgpack.decode(told, type=RankPool))
         )
         ranks.connect()
+        keep_what_is_there()
         decode = msgspec.msgpack.Decoder(RankStep).decode
         for encoded in frames:
             runner.follow(decode(encoded))

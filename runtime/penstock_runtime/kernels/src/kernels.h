@@ -132,7 +132,6 @@ struct LastRows {
   float* x;             // (rows, hidden), contiguous: takes the hidden states
   const int64_t* rows;  // (count,): which of the step's
   int64_t count;
-  const float* rotations;  // of these rows, as in AttentionInputs
   Attention attention;     // segments of one token each; without q, q_stride, out and kv
 };
 
@@ -142,7 +141,10 @@ struct Step {
   int64_t rows, hidden;
   int64_t element;  // of hidden states behind each half of a layer, as KvLayer.element
   float epsilon;    // of the norms over hidden
-  AttentionInputs inputs;  // without qkv, norm and kv
+  const int64_t* positions;  // (rows,)
+  const float* frequencies;  // (key_dim / 2,): pair i is turned by position · frequencies[i],
+  double magnitude;          // and multiplied by this
+  AttentionInputs inputs;  // without qkv, norm, rotations and kv
   Attention attention;     // without q, q_stride, out and kv
   const LastRows* last;    // null: all rows. Wants heads · key_dim to be a multiple of
                            // penstock_columns_together

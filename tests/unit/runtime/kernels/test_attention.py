@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock_runtime.kernels.native import KvPages, Segments
+from penstock_runtime.kernels.native import KvPages, Segments, TokenSlots
 from penstock_runtime.kvcache.base import pages_for
 
 from .built import built_kernels
@@ -57,11 +57,11 @@ class World:
         used = [self.pages[s][: pages_for(start + n, self.page_size)] for s, start, n in spans]
         lengths = [n for _, _, n in spans]
         segments = Segments(
-            starts=torch.tensor([start for _, start, _ in spans]),
-            lengths=torch.tensor(lengths),
-            first_rows=torch.tensor([0, *itertools.accumulate(lengths)][:-1]),
-            first_pages=torch.tensor([0, *itertools.accumulate(map(len, used))][:-1]),
-            pages=torch.tensor(list(itertools.chain(*used))),
+            starts=[start for _, start, _ in spans],
+            lengths=lengths,
+            first_rows=[0, *itertools.accumulate(lengths)][:-1],
+            first_pages=[0, *itertools.accumulate(map(len, used))][:-1],
+            pages=list(itertools.chain(*used)),
         )
         q = torch.cat([self.q[s][start : start + n] for s, start, n in spans]).flatten(1)
         kv = KvPages(self.keys, self.values)
@@ -180,13 +180,7 @@ def test_values_may_be_a_part_of_the_keys(kernels):
     torch.manual_seed(0)
     latent = torch.randn(3, 1, 4, 16)
     q = torch.randn(1, 2 * 16)
-    segments = Segments(
-        starts=torch.tensor([9]),
-        lengths=torch.tensor([1]),
-        first_rows=torch.tensor([0]),
-        first_pages=torch.tensor([0]),
-        pages=torch.tensor([2, 0, 1]),
-    )
+    segments = Segments(starts=[9], lengths=[1], first_rows=[0], first_pages=[0], pages=[2, 0, 1])
     out = kernels.attention(q, segments, KvPages(latent, latent[..., :8]), heads=2, scale=0.25)
     keys = latent[[2, 0, 1]].reshape(12, 16)[:10].double()
     weights = (q.double().view(2, 16) @ keys.T * 0.25).softmax(-1)
@@ -226,7 +220,7 @@ def test_norm_rotation_and_write_in_one_pass(
         heads=heads,
         norm=(weight, 1e-6) if normed else None,
         rotations=turns,
-        slots=(pages, offsets),
+        slots=TokenSlots([0] * tokens, pages.tolist(), offsets.tolist()),
         kv=KvPages(*pool.unbind(1)),
     )
     turned = projected.view(tokens, -1, head_dim)[:, : heads + kv_heads]
@@ -248,7 +242,7 @@ def test_values_are_narrowed_as_torch_does(kernels, value, dtype):
         heads=1,
         norm=None,
         rotations=torch.ones(1, 1, dtype=torch.complex64),
-        slots=(torch.tensor([0]), torch.tensor([0])),
+        slots=TokenSlots([0], [0], [0]),
         kv=KvPages(*pool.unbind(1)),
     )
     expected = qkv[:, 4:].to(dtype)
