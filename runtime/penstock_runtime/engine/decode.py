@@ -158,8 +158,6 @@ class DecodeEngine:
         self._groups: dict[str, GroupLink] = {}
         self._grants: dict[int, _Granted] = {}
         self._steps: deque[_Step] = deque()
-        self._measured: list[tuple[Batch, float]] = []
-        """Steps that have ended and were not learned from yet, with their seconds."""
         self._closing = Tasks()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -301,7 +299,6 @@ class DecodeEngine:
             self._reconsider()
             self._admit()
             self._give_out()
-            self._learn()
             self._on_change()
             await self._sleep()
 
@@ -316,8 +313,10 @@ class DecodeEngine:
                 await self._fail_steps(error)
                 return
             self._steps.popleft()
-            self._measured.append((step.batch, timed.end - timed.begin))
-            self._stream(step.batch, timed.result)
+            seconds, batch = timed.end - timed.begin, step.batch
+            self.scheduler.cost.observe(batch.chunks, seconds)
+            self.stats.step(seconds, decoded_only=batch.tokens == len(batch.segments))
+            self._stream(batch, timed.result)
 
     async def _fail_steps(self, error: Exception) -> None:
         """A step failed. The one behind it was to go on with what it gave."""
@@ -327,13 +326,6 @@ class DecodeEngine:
         for request_id in self.scheduler.abort_steps():
             message = f"the model could not be computed: {error}"
             self._fail(request_id, "internal", message[:1000], retriable=False)
-
-    def _learn(self) -> None:
-        """Take down how long steps took. That has time until the next one is computed."""
-        for batch, seconds in self._measured:
-            self.scheduler.cost.observe(batch.chunks, seconds)
-            self.stats.step(seconds, decoded_only=batch.tokens == len(batch.segments))
-        self._measured.clear()
 
     def _reconsider(self) -> None:
         """Something has happened: plan the step anew that has not begun."""
