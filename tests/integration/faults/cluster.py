@@ -128,13 +128,16 @@ class Cluster:
         """Return what a process has printed."""
         return self.state.log_file(name).read_text(errors="replace")
 
-    def cuts(self) -> list[int]:
-        """Return the tokens delivered by every remote prefill that was cut short so far."""
-        return [
-            int(token)
+    def cuts(self) -> list[list[int]]:
+        """Return the tokens delivered by remote prefills that were cut short so far.
+
+        Of each decode worker by itself, in order of time.
+        """
+        found = (
+            re.findall(r"was cut at token (\d+)", self.log(f"decode-{i}"))
             for i in range(self.decodes)
-            for token in re.findall(r"was cut at token (\d+)", self.log(f"decode-{i}"))
-        ]
+        )
+        return [[int(token) for token in tokens] for tokens in found]
 
     async def replaced(self, name: str, old: int) -> None:
         """Return when another process is ready in the place of `old`."""
