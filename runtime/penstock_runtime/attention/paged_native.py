@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from penstock_runtime.attention.base import ProjectedAttention
-from penstock_runtime.attention.slots import Slots
+from penstock_runtime.attention.slots import Slots, slots_of
 from penstock_runtime.kernels.native import KvPages, Segments, TokenSlots
+from penstock_runtime.kvcache.base import pages_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,16 +56,14 @@ class PagedNativeAttention(ProjectedAttention[NativePlan]):
         pages: list[int] = []
         first_page: list[int] = []
         positions: list[int] = []
-        own_pages: list[int] = []
         for segment in segments:
             end = segment.start + segment.length
             rows.append(len(positions))
             first_page.append(len(pages))
-            pages += segment.pages[: -(-end // page_size)]
+            pages += segment.pages[: pages_for(end, page_size)]
             positions += range(segment.start, end)
-            own_pages += [segment.pages[p // page_size] for p in range(segment.start, end)]
         return NativePlan(
-            TokenSlots(positions, own_pages, [p % page_size for p in positions]),
+            TokenSlots(positions, *slots_of(segments, page_size)),
             Segments(
                 starts=[segment.start for segment in segments],
                 lengths=[segment.length for segment in segments],

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from penstock_runtime.attention.base import Segment
 
 
+def slots_of(segments: Sequence[Segment], page_size: int) -> tuple[list[int], list[int]]:
+    """Return the page, and the place in it, of each of the segments' tokens, in batch order."""
+    pages: list[int] = []
+    offsets: list[int] = []
+    for segment in segments:
+        for position in range(segment.start, segment.start + segment.length):
+            pages.append(segment.pages[position // page_size])
+            offsets.append(position % page_size)
+    return pages, offsets
+
+
 @dataclass(frozen=True, slots=True)
 class Slots:
     """The page, and the place in it, of each token of the batch. Both int64 (T,)."""
@@ -23,12 +34,7 @@ class Slots:
     @classmethod
     def of(cls, segments: Sequence[Segment], page_size: int, device: torch.device) -> Slots:
         """Return the slots of the segments' tokens, in batch order."""
-        pages: list[int] = []
-        offsets: list[int] = []
-        for segment in segments:
-            for position in range(segment.start, segment.start + segment.length):
-                pages.append(segment.pages[position // page_size])
-                offsets.append(position % page_size)
+        pages, offsets = slots_of(segments, page_size)
         return cls(
             torch.tensor(pages, dtype=torch.int64, device=device),
             torch.tensor(offsets, dtype=torch.int64, device=device),

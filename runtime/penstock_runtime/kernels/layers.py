@@ -140,9 +140,7 @@ class NativeLayers:
         """
         shape, tokens = self._shape, len(x_TD)
         check(x_TD, "x", (tokens, shape.hidden))
-        if len(slots) != tokens:
-            raise ValueError(f"slots of {len(slots)} tokens for {tokens}")
-        position_of, page_of, offset_of = slots.addresses
+        position_of, page_of, offset_of = slots.addresses_for(tokens)
         pages = self._lay_out(kv_pool)
         step = Step(
             x_TD.data_ptr(),

@@ -154,11 +154,12 @@ class TokenSlots:
             raise ValueError("the tables of tokens differ in length")
         self.pages, self.offsets = pages, offsets
         self._tables = _Tables(positions, pages, offsets)
-        self.addresses = self._tables.addresses
-        """Of positions, pages and offsets."""
 
-    def __len__(self) -> int:
-        return len(self.pages)
+    def addresses_for(self, tokens: int) -> tuple[int, ...]:
+        """Return where positions, pages and offsets are. Raises ValueError for another number."""
+        if len(self.pages) != tokens:
+            raise ValueError(f"slots of {len(self.pages)} tokens for {tokens}")
+        return self._tables.addresses
 
 
 class Kernels:
@@ -336,9 +337,7 @@ class Kernels:
             check(norm[0], "norm", (heads + kv_heads, key_dim))
         if rotations.dtype != torch.complex64 or rotations.numel() != tokens * (key_dim // 2):
             raise ValueError(f"rotations are {rotations.dtype} {tuple(rotations.shape)}")
-        if len(slots) != tokens:
-            raise ValueError(f"slots of {len(slots)} tokens for {tokens}")
-        _, page_of, offset_of = slots.addresses
+        _, page_of, offset_of = slots.addresses_for(tokens)
         self._attention_inputs(
             AttentionInputs(
                 qkv_TW.data_ptr(),
@@ -425,12 +424,10 @@ def _is_bfloat16(weight: torch.Tensor) -> bool:
     return not bool((words & _LOW_HALF).any())
 
 
-def check(
-    x: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> None:
+def check(x: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless x is what a kernel will take its memory for."""
-    if x.dtype is not dtype or not x.is_cpu or x.shape != shape or not x.is_contiguous():
-        raise _misread(x, name, f"{dtype} {shape}, contiguous")
+    if x.dtype is not torch.float32 or not x.is_cpu or x.shape != shape or not x.is_contiguous():
+        raise _misread(x, name, f"torch.float32 {shape}, contiguous")
 
 
 def _row_stride(x: torch.Tensor, name: str, columns: int) -> int:
