@@ -80,33 +80,52 @@ PENSTOCK_INLINE void decode(const char* unit, const Table& table, const Take& ta
   }
 }
 
-template <int R, int P, class A>
-PENSTOCK_INLINE void multiply(const A& a, Coded b, long k, Accumulators<R, P>& acc) {
+// The same for one that is not coded.
+template <class Take>
+PENSTOCK_INLINE void read_plain(const char* unit, const Take& take) {
+  _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
+    Bits words[2 * kParts];
+    _Pragma("GCC unroll 4") for (int c = 0; c < 2 * kParts; c++) {
+      words[c] = load_bits(unit + half * 2 * kLine + c * 4 * kWidth);
+    }
+    take(half, words);
+  }
+}
+
+template <int R, int P, class A, class Done>
+PENSTOCK_INLINE void multiply(const A& a, Coded b, long k, Accumulators<R, P>& acc, const Done& done) {
   static_assert(P == 2);
   const Table table = load_table(b.pair->uppers);
   const char* unit = b.pair->units();
   const int32_t* plain = b.pair->numbers();
-  const long units = k / kUnitRows;
+  const long last = k / kUnitRows - 1;
   long u = 0;
   const auto add = [&](int half, const Bits(&words)[2 * kParts]) {
     if constexpr (R > kFewCodedRows) a.template ask<R>(2 * u + half);
     add_pairs(a, 2 * u + half, words, acc);
   };
-  for (;; u++, plain++) {
-    for (const long stop = std::min<long>(units, *plain); u < stop; u++) {
+  for (;; plain++) {
+    for (const long stop = std::min<long>(last, *plain); u < stop; u++) {
       if constexpr (R > kFewCodedRows) b.ask(unit, kUnitBytes);
       decode(unit, table, add);
       unit += kUnitBytes;
     }
-    if (u == units) return;
+    if (u == last) break;
     if constexpr (R > kFewCodedRows) b.ask(unit, kPlainBytes);
-    _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
-      Bits words[2 * kParts];
-      PENSTOCK_COLUMNS words[c] = load_bits(unit + half * 2 * kLine + c * 4 * kWidth);
-      add(half, words);
-    }
+    read_plain(unit, add);
     unit += kPlainBytes;
+    u++;
   }
+  Bits words[2][2 * kParts];
+  const auto take = [&](int half, const Bits(&from)[2 * kParts]) {
+    PENSTOCK_COLUMNS words[half][c] = from[c];
+  };
+  if (*plain == last) {
+    read_plain(unit, take);
+  } else {
+    decode(unit, table, take);
+  }
+  end_pairs(a, 2 * last, words, acc, done);
 }
 
 }  // namespace penstock

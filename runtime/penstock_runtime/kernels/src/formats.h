@@ -33,12 +33,16 @@ struct Widened {
     }
   }
 
-  // 2^x for x <= 0, as exact as weights are.
-  PENSTOCK_INLINE static Vec exponential(const Vec& x) { return exp2_nonpositive(x); }
+  // As exact as weights are, see exp2_below.
+  PENSTOCK_INLINE static Vec exponential(const Vec& x, const Native& shifter) {
+    return exp2_below(x, shifter, exp2_of_fraction);
+  }
 
-  // Weights of the tokens [16 · p, 16 · p + 16) of a row.
-  PENSTOCK_INLINE static void weights(float* row, long p, const Vec& x) {
-    store16(row + p * kLanes, x);
+  // Leaves the weights of the tokens [16 · p, 16 · p + 32) of a row, and adds them to 16 sums.
+  PENSTOCK_INLINE static void weights(float* row, long p, const Vec& first, const Vec& second, Vec& sum) {
+    store16(row + p * kLanes, first);
+    store16(row + (p + 1) * kLanes, second);
+    sum = sum + first + second;
   }
 };
 
@@ -80,10 +84,20 @@ struct Paired {
     }
   }
 
-  PENSTOCK_INLINE static Vec exponential(const Vec& x) { return exp2_coarse(x); }
+  PENSTOCK_INLINE static Vec exponential(const Vec& x, const Native& shifter) {
+    return exp2_below(x, shifter, exp2_of_fraction_coarsely);
+  }
 
-  PENSTOCK_INLINE static void weights(uint32_t* row, long p, const Vec& x) {
-    narrow16(x, reinterpret_cast<bf16*>(row) + p * kLanes);
+  // What is added is what values are multiplied by: the rounded weights.
+  PENSTOCK_INLINE static void weights(uint32_t* row, long p, const Vec& first, const Vec& second,
+                                      Vec& sum) {
+    const Bits ones = splat_bits(0x3f803f80u);
+    Bits words[kParts];
+    narrow32(first, second, words);
+    PENSTOCK_EACH(i) {
+      store_bits(row + p * kLanes / 2 + i * kWidth, words[i]);
+      sum.part[i] = dot_pairs(sum.part[i], words[i], ones);
+    }
   }
 };
 

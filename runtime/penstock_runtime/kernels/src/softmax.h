@@ -1,7 +1,12 @@
 // Running sums of attention: the maximum, the sum and the weighted values of what a row has seen so far.
+//
+// Weights are relative to the next whole number above the largest score, 2^(score - maximum): taking a whole
+// number off costs nothing (exp2_below), it changes less often, and what was summed before is scaled by
+// powers of two, without rounding.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "vector.h"
@@ -12,8 +17,8 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // Sums of a task's rows over some of their keys.
 struct State {
-  float* maximum;  // (rows,)
-  float* sum;      // (rows, 16): a key's weight is in the lane of its position
+  float* maximum;  // (rows,): whole numbers
+  float* sum;      // (rows, 16): which keys' weights are in a lane follows from their positions
   float* out;      // (rows, value columns)
 
   static long floats(long rows, long columns) { return rows * (1 + kLanes + columns); }
@@ -32,7 +37,7 @@ struct State {
 
 // 2^(of - new_maximum): what sums relative to the maximum `of` count for.
 PENSTOCK_INLINE float weight(float of, float new_maximum) {
-  return of == kNone ? 0.0f : exp2_nonpositive(splat16(of - new_maximum)).part[0][0];
+  return of == kNone ? 0.0f : power_of_two(of - new_maximum);
 }
 
 PENSTOCK_INLINE void scale_row(float* row, long columns, float factor) {
@@ -40,34 +45,56 @@ PENSTOCK_INLINE void scale_row(float* row, long columns, float factor) {
   for (long i = 0; i < columns; i += kLanes) store16(row + i, load16(row + i) * by);
 }
 
-// Turns the scores of one row into weights; returns the factor for what was summed before. `weights`
-// may be where the scores are.
-template <class Format>
-PENSTOCK_INLINE float softmax_row(float* scores, typename Format::Factor* weights, long panels,
-                                  long visible, float* maximum, float* sum) {
-  if (visible <= 0) {
-    for (long p = 0; p < panels; p++) Format::weights(weights, p, splat16(0.0f));
-    return 1.0f;
-  }
-  for (long i = visible; i < panels * kLanes; i++) scores[i] = kNone;
+// Of the first 16 · panels.
+PENSTOCK_INLINE float largest(const float* scores, long panels) {
   // Two, that do not wait for each other.
   Vec highest = load16(scores), other = highest;
   for (long p = 1; p + 1 < panels; p += 2) {
     highest = max(highest, load16(scores + p * kLanes));
     other = max(other, load16(scores + (p + 1) * kLanes));
   }
-  highest = max(max(highest, other), load16(scores + (panels - 1) * kLanes));
-  const float before = *maximum, now = std::max(before, max_lanes(highest));
-  const float factor = before == now ? 1.0f : weight(before, now);
-  Vec total = load16(sum) * splat16(factor);
-  const Vec shift = splat16(now);
-  for (long p = 0; p < panels; p++) {
-    const Vec x = Format::exponential(load16(scores + p * kLanes) - shift);
-    Format::weights(weights, p, x);
-    total = total + x;
+  return max_lanes(max(max(highest, other), load16(scores + (panels - 1) * kLanes)));
+}
+
+// Turns the scores of one row, up to kKeyBlock, into weights; returns the factor for what was summed before.
+// `weights` may be where the scores are. Of those that are not visible the weights are 0.
+template <class Format>
+PENSTOCK_INLINE float softmax_row(float* scores, typename Format::Factor* weights, long panels,
+                                  long visible, float* maximum, float* sum) {
+  const Vec zero = splat16(0.0f);
+  Vec total = load16(sum);
+  float factor = 1.0f;
+  long p = 0;
+  if (visible > 0) {
+    const long seen = (visible + kLanes - 1) / kLanes;
+    for (long i = visible; i < seen * kLanes; i++) scores[i] = kNone;
+    const float before = *maximum, now = std::max(before, std::ceil(largest(scores, seen)));
+    *maximum = now;
+    if (before != now) {
+      factor = weight(before, now);
+      total = total * splat16(factor);
+    }
+    float whole = now;
+    if (!(std::fabs(whole) < 0x1p+21f)) {
+      for (long i = 0; i < visible; i++) scores[i] -= whole;
+      whole = 0.0f;
+    }
+    const Native shifter = splat(kShifter - whole);
+    const auto exponential = [&](long of) {
+      return Format::exponential(load16(scores + of * kLanes), shifter);
+    };
+    for (; (p + 2) * kLanes <= visible; p += 2) {
+      Format::weights(weights, p, exponential(p), exponential(p + 1), total);
+    }
+    if (p < seen) {
+      const Vec first = first_lanes(exponential(p), visible - p * kLanes);
+      const Vec second = p + 1 < seen ? first_lanes(exponential(p + 1), visible - (p + 1) * kLanes) : zero;
+      Format::weights(weights, p, first, second, total);
+      p += 2;
+    }
   }
+  for (; p < panels; p += 2) Format::weights(weights, p, zero, zero, total);
   store16(sum, total);
-  *maximum = now;
   return factor;
 }
 

@@ -91,6 +91,17 @@ PENSTOCK_INLINE Native fma(Native a, Native b, Native c) {
 
 PENSTOCK_INLINE Native max(Native a, Native b) { return a > b ? a : b; }
 
+// The bits of the larger of two, if `than` is positive. As whole numbers: more parts of the processor do that.
+PENSTOCK_INLINE Bits larger(Native of, float than) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_max_epi32((__m512i)of, (__m512i)splat(than));
+#elif defined(__AVX2__)
+  return (Bits)_mm256_max_epi32((__m256i)of, (__m256i)splat(than));
+#else
+  return (Bits)max(of, splat(than));
+#endif
+}
+
 // Two bfloat16 lie in each word: the one at the lower address in the lower half.
 PENSTOCK_INLINE Native low_half(Bits words) { return (Native)(words << 16); }
 PENSTOCK_INLINE Native high_half(Bits words) { return (Native)(words & 0xffff0000u); }
@@ -170,6 +181,13 @@ PENSTOCK_INLINE Vec where_less(const Vec& a, const Vec& b, const Vec& yes, const
   Vec v;
   PENSTOCK_EACH(i) v.part[i] = a.part[i] < b.part[i] ? yes.part[i] : no.part[i];
   return v;
+}
+
+// The first `count` lanes, zeros behind them.
+PENSTOCK_INLINE Vec first_lanes(const Vec& v, long count) {
+  constexpr float kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static_assert(sizeof kNumbers == kLanes * sizeof(float));
+  return where_less(load16(kNumbers), splat16(static_cast<float>(count)), v, splat16(0.0f));
 }
 
 // The sum of the lanes: halves are added until one is left.
@@ -306,6 +324,18 @@ PENSTOCK_INLINE void narrow16(const Vec& x, bf16* to) {
 #endif
 }
 
+// 32 elements one behind the other, as words of two.
+PENSTOCK_INLINE void narrow32(const Vec& first, const Vec& second, Bits (&words)[kParts]) {
+#if defined(__AVX512BF16__)
+  words[0] = (Bits)_mm512_cvtne2ps_pbh((__m512)second.part[0], (__m512)first.part[0]);
+#else
+  bf16 narrow[2 * kLanes];
+  narrow16(first, narrow);
+  narrow16(second, narrow + kLanes);
+  PENSTOCK_EACH(i) words[i] = load_bits(narrow + i * 2 * kWidth);
+#endif
+}
+
 // Words of two bfloat16, one of each row: words[i] = low[i], high[i], for P times 16 elements.
 template <int P>
 PENSTOCK_INLINE void pair_rows(const bf16* low, const bf16* high, Bits (&words)[P * kParts]) {
@@ -417,47 +447,62 @@ PENSTOCK_INLINE void interleave(Bits low, Bits high, Bits* first, Bits* second) 
 
 // --- the exponential --------------------------------------------------------------------------
 
-// 2^x for x <= 0: x = n + f with n whole and |f| <= 1/2, 2^f by `of`(f), 2^n by adding n to the
-// exponent's bits. Exactly 1 at 0 if `of` is, and 0 below -126 and at -infinity.
-template <class Polynomial>
-PENSTOCK_INLINE Vec exp2_by(const Vec& x, const Polynomial& of) {
-  const Native shifter = splat(12582912.0f);  // 1.5 · 2^23: adding it leaves a whole number
+// 2^f for |f| <= 1/2, fitted for the least relative error with 1 as the constant: here below 2e-7.
+PENSTOCK_INLINE Native exp2_of_fraction(Native f) {
+  Native p = splat(0x1.5bba14p-10f);
+  p = fma(p, f, splat(0x1.3cea88p-7f));
+  p = fma(p, f, splat(0x1.c6b752p-5f));
+  p = fma(p, f, splat(0x1.ebf9bcp-3f));
+  p = fma(p, f, splat(0x1.62e42ap-1f));
+  return fma(p, f, splat(1.0f));
+}
+
+// For results that are rounded to bfloat16: below 2e-4, where its eight bits make 2e-3.
+PENSTOCK_INLINE Native exp2_of_fraction_coarsely(Native f) {
+  Native p = splat(0x1.c2a218p-5f);
+  p = fma(p, f, splat(0x1.f00c4ep-3f));
+  p = fma(p, f, splat(0x1.62f5fap-1f));
+  return fma(p, f, splat(1.0f));
+}
+
+// Adding it to a number leaves a whole one in the lowest bits.
+constexpr float kShifter = 0x1.8p+23f;
+
+// 2^x for x <= 0: x = n + f with n whole and |f| <= 1/2, and n is added to the exponent of 2^f. Exactly 1
+// at 0, and 0 below -126 and at -infinity.
+PENSTOCK_INLINE Vec exp2_nonpositive(const Vec& x) {
+  const Native shifter = splat(kShifter);
   Vec v;
   PENSTOCK_EACH(i) {
     const Native shifted = x.part[i] + shifter;
-    const Bits scaled = (Bits)of(x.part[i] - (shifted - shifter)) + ((Bits)shifted << 23);
+    const Native fraction = x.part[i] - (shifted - shifter);
+    const Bits scaled = (Bits)exp2_of_fraction(fraction) + ((Bits)shifted << 23);
     v.part[i] = (Native)(scaled & (Bits)(x.part[i] >= splat(-126.0f)));
   }
   return v;
 }
 
-// Polynomials fitted for the least relative error with 1 as their constant: here below 2e-7.
-PENSTOCK_INLINE Vec exp2_nonpositive(const Vec& x) {
-  return exp2_by(x, [](Native f) {
-    Native p = splat(0x1.5bba14p-10f);
-    p = fma(p, f, splat(0x1.3cea88p-7f));
-    p = fma(p, f, splat(0x1.c6b752p-5f));
-    p = fma(p, f, splat(0x1.ebf9bcp-3f));
-    p = fma(p, f, splat(0x1.62e42ap-1f));
-    return fma(p, f, splat(1.0f));
-  });
+// 2^(x - whole) by `of`(fraction), for a finite x not above a whole number below 2^22 in magnitude, which
+// is given as `shifter`, kShifter - whole. Taking it off costs nothing so; what would be less than 2^-125
+// is about that.
+template <class Polynomial>
+PENSTOCK_INLINE Vec exp2_below(const Vec& x, const Native& shifter, const Polynomial& of) {
+  Vec v;
+  PENSTOCK_EACH(i) {
+    const Native shifted = x.part[i] + shifter;
+    const Native fraction = x.part[i] - (shifted - shifter);
+    v.part[i] = (Native)((Bits)of(fraction) + (larger(shifted, kShifter - 125.0f) << 23));
+  }
+  return v;
 }
 
-// For results that are rounded to bfloat16: below 2e-4, where its eight bits make 2e-3.
-PENSTOCK_INLINE Vec exp2_coarse(const Vec& x) {
-  const auto polynomial = [](Native f) {
-    Native p = splat(0x1.c2a218p-5f);
-    p = fma(p, f, splat(0x1.f00c4ep-3f));
-    p = fma(p, f, splat(0x1.62f5fap-1f));
-    return fma(p, f, splat(1.0f));
-  };
-#if defined(__AVX512DQ__)
-  // f and 2^n by an instruction each; -infinity leaves 0 and makes 0.
-  const __m512 v = (__m512)x.part[0], f = _mm512_reduce_ps(v, 0);
-  return {{(Native)_mm512_scalef_ps((__m512)polynomial((Native)f), _mm512_sub_ps(v, f))}};
-#else
-  return exp2_by(x, polynomial);
-#endif
+// 2^n for a whole n <= 0; 0 below -126.
+PENSTOCK_INLINE float power_of_two(float n) {
+  if (n < -126.0f) return 0.0f;
+  const uint32_t bits = static_cast<uint32_t>(127 + static_cast<int32_t>(n)) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
 }
 
 }  // namespace penstock

@@ -28,8 +28,10 @@ def kernels():
 class World:
     """Sequences whose q, k and v are known for every position; pages of a size, in any order."""
 
-    def __init__(self, lengths, *, heads, kv_heads, key_dim, value_dim, dtype, page_size, seed=0):
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self, lengths, *, heads, kv_heads, key_dim, value_dim, dtype, page_size, positive=False
+    ):
+        generator = torch.Generator().manual_seed(0)
         self.heads, self.kv_heads, self.dtype = heads, kv_heads, dtype
         self.page_size = page_size
 
@@ -37,10 +39,12 @@ class World:
             return [torch.randn(n, *shape, generator=generator) for n in lengths]
 
         self.q, self.k = draw(heads, key_dim), draw(kv_heads, key_dim)
+        if positive:
+            self.q, self.k = [q.abs() for q in self.q], [k.abs() for k in self.k]
         self.v = draw(kv_heads, value_dim)
         counts = [pages_for(n, page_size) for n in lengths]
         pages = list(range(sum(counts)))
-        random.Random(seed + page_size).shuffle(pages)
+        random.Random(page_size).shuffle(pages)
         self.pages = [[pages.pop() for _ in range(count)] for count in counts]
         # Two layers, so that pages lie apart, and full of what others left behind.
         shape = (sum(counts), 2, kv_heads, page_size)
@@ -68,18 +72,20 @@ class World:
         out = kernels.attention(q, segments, kv, heads=self.heads, scale=scale, round_inputs=pairs)
         return torch.split(out.view(len(q), self.heads, -1), lengths)
 
+    def _of_every_head(self, x):
+        return x.to(self.dtype).double().repeat_interleave(self.heads // self.kv_heads, dim=1)
+
+    def scores(self, sequence, scale):
+        """Return those of every position, in float64 (positions, heads, keys)."""
+        q, k = self.q[sequence].double(), self._of_every_head(self.k[sequence])
+        future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+        scores = torch.einsum("mnh,lnh->mnl", q, k) * scale
+        return scores.masked_fill(future[:, None], -torch.inf)
+
     def exact(self, sequence, scale=0.3):
         """Return the output of every position in float64."""
-        group = self.heads // self.kv_heads
-        q = self.q[sequence].double()
-        k, v = (
-            x[sequence].to(self.dtype).double().repeat_interleave(group, dim=1)
-            for x in (self.k, self.v)
-        )
-        scores = torch.einsum("mnh,lnh->nml", q, k) * scale
-        future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        return torch.einsum("nml,lnh->mnh", weights, v)
+        weights = self.scores(sequence, scale).softmax(-1)
+        return torch.einsum("mnl,lnh->mnh", weights, self._of_every_head(self.v[sequence]))
 
 
 shapes = {
@@ -171,8 +177,35 @@ def test_pairs_are_the_rounding_of_what_they_multiply(kernels):
         [1], heads=2, kv_heads=1, key_dim=32, value_dim=32, dtype=torch.bfloat16, page_size=4
     )
     for pairs in (False, True):
-        (out,) = world.attend(kernels, [(0, 0, 1)], pairs=pairs)  # one key: its weight is 1
-        assert torch.equal(out[0], world.v[0][0].bfloat16().float().expand(2, -1))
+        (out,) = world.attend(
+            kernels, [(0, 0, 1)], pairs=pairs
+        )  # one key: it is divided by its weight
+        value = world.v[0][0].bfloat16().float().expand(2, -1)
+        torch.testing.assert_close(out[0], value, atol=0, rtol=2.0**-22)
+
+
+@pytest.mark.parametrize(("dtype", "pairs"), FORMATS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, -1.0, 100.0, -100.0, 1e9, -1e9])
+def test_scores_of_any_size(kernels, scale, dtype, pairs):
+    """All of them negative, too, so far apart that keys have no weight, and beyond all whole numbers."""
+    shape = {"heads": 2, "kv_heads": 1, "key_dim": 32, "value_dim": 16, "dtype": dtype}
+    world = World([700], **shape, page_size=16, positive=True)
+    (out,) = world.attend(kernels, [(0, 0, 700)], scale, pairs=pairs)
+    (last,) = world.attend(kernels, [(0, 699, 1)], scale, pairs=pairs)
+    assert torch.equal(out[-1:], last)
+    values = world.v[0].to(dtype).float()
+    assert (out <= values.cummax(0).values + 1e-6).all()
+    assert (out >= values.cummin(0).values - 1e-6).all()
+    if pairs:
+        return
+    # The error of a score is a part of it: where scores are huge, one key must be clearly the best.
+    scores = world.scores(0, scale)
+    best, second = scores.topk(2).values.unbind(-1)
+    clear = (best - second > 1e-5 * best.abs()) | torch.tensor(abs(scale) <= 100)
+    atol = 1e-5 + 1e-5 * min(abs(scale), 100.0)
+    exact = world.exact(0, scale)
+    torch.testing.assert_close(out.double()[clear], exact[clear], atol=atol, rtol=0)
+    assert clear.float().mean() > 0.9
 
 
 def test_values_may_be_a_part_of_the_keys(kernels):
