@@ -37,6 +37,7 @@ namespace {
 
 constexpr long kSection = 1024;
 constexpr float kLog2E = 0x1.715476p+0f;
+constexpr long kTokensAhead = 8;  // whose q or output is asked for
 static_assert(kFewQueries >= kMaxRows);
 
 // One call's sizes, and what a thread needs to compute a task.
@@ -51,7 +52,7 @@ class Kernel {
 
   long state_floats() const { return round_up(State::floats(sizes_.rows(), columns_), kLanes); }
   long workspace_floats() const {
-    return 2 * state_floats() + round_up(kv_.key_dim, kLanes) + sizes_.rows() * kv_.key_dim +
+    return 2 * state_floats() + round_up(sizes_.rows() * kv_.key_dim, kLanes) +
            2 * sizes_.scored_rows() * kKeyBlock + kKeyBlock * (kv_.key_dim + columns_);
   }
   long sections(const Task& task) const { return (last_position(task) + kSection) / kSection; }
@@ -116,30 +117,32 @@ class Kernel {
   // A task's rows: those of its first KV head, of the next one, …; of each a token after the other.
   long head_rows(const Task& task) const { return task.count * group_; }
   long rows(const Task& task) const { return task.heads * head_rows(task); }
+  // Of the batch, the task's first one.
+  long first_row(const Task& task) const { return call_.first_rows[task.segment] + task.first; }
 
-  // Calls body(row of the task, row of the batch, query head).
-  template <class Body>
-  void for_rows(const Task& task, const Body& body) const {
-    const long base = call_.first_rows[task.segment] + task.first;
-    for (long r = 0; r < rows(task); r++) {
-      const long within = r % head_rows(task), kv_head = task.kv_head + r / head_rows(task);
-      body(r, base + within / group_, kv_head * group_ + within % group_);
+  void finish(const Task& task, const State& total) const {
+    const long width = call_.heads * kv_.value_dim, size = group_ * kv_.value_dim;
+    for (long head = 0, r = 0; head < task.heads; head++) {
+      float* to = call_.out + first_row(task) * width + (task.kv_head + head) * size;
+      for (long token = 0; token < task.count; token++, to += width) {
+        // Lines of memory, far apart: they are asked for ahead.
+        for (long i = 0; i < size; i += kLanes) __builtin_prefetch(to + kTokensAhead * width + i, 1, 3);
+        for (long query = 0; query < group_; query++, r++) {
+          finish_row(total, r, to + query * kv_.value_dim);
+        }
+      }
     }
   }
 
-  void finish(const Task& task, const State& total) const {
-    for_rows(task, [&](long r, long row, long head) {
-      const float inverse = 1.0f / sum_lanes(load16(total.sum + r * kLanes));
-      float* to = call_.out + (row * call_.heads + head) * kv_.value_dim;
-      const float* from = total.out + r * columns_;
-      // Adding 0 makes -0 to +0: which of them a sum of zeros is depends on masked keys.
-      for (long i = 0; i < kv_.value_dim; i++) to[i] = from[i] * inverse + 0.0f;
-    });
+  void finish_row(const State& total, long r, float* to) const {
+    const float inverse = 1.0f / sum_lanes(load16(total.sum + r * kLanes));
+    const float* from = total.out + r * columns_;
+    // Adding 0 makes -0 to +0: which of them a sum of zeros is depends on masked keys.
+    for (long i = 0; i < kv_.value_dim; i++) to[i] = from[i] * inverse + 0.0f;
   }
 
   template <class Format>
   struct Buffers {
-    typename Format::Factor* one;      // (key_dim,)
     typename Format::Factor* q;        // (rows of the task, key_dim), interleaved
     float* scores;                     // (scored rows, kKeyBlock)
     typename Format::Factor* weights;  // the same
@@ -157,14 +160,12 @@ class Kernel {
   Buffers<Format> buffers(float* work) const {
     using Factor = typename Format::Factor;
     using Panel = typename Format::Panel;
-    float* one = work + 2 * state_floats();
-    float* q = one + round_up(kv_.key_dim, kLanes);
-    float* scores = q + sizes_.rows() * kv_.key_dim;
+    float* q = work + 2 * state_floats();
+    float* scores = q + round_up(sizes_.rows() * kv_.key_dim, kLanes);
     float* weights = scores + sizes_.scored_rows() * kKeyBlock;
     float* keys = weights + sizes_.scored_rows() * kKeyBlock;
     float* values = keys + kKeyBlock * kv_.key_dim;
-    return {reinterpret_cast<Factor*>(one),
-            reinterpret_cast<Factor*>(q),
+    return {reinterpret_cast<Factor*>(q),
             scores,
             // Weights of the width of scores take their place: they stay in the first level.
             reinterpret_cast<Factor*>(Format::kPerFactor == 1 ? scores : weights),
@@ -176,15 +177,21 @@ class Kernel {
   template <class Format>
   void scale_queries(const Task& task, const Buffers<Format>& at) const {
     const float scale = call_.scale * kLog2E;
-    const long size = factors<Format>(kv_.key_dim);
-    typename Format::Factor* const row_of = at.one;
-    for_rows(task, [&](long r, long row, long head) {
-      Format::query(call_.q + row * call_.q_stride + head * kv_.key_dim, scale, kv_.key_dim, row_of);
-      const long within = r % head_rows(task);
-      const RowGroup group = RowGroup::of(head_rows(task), within);
-      typename Format::Factor* to = at.q + (r - within + group.first) * size + within - group.first;
-      for (long i = 0; i < size; i++) to[i * group.count] = row_of[i];
-    });
+    for (long head = 0; head < task.heads; head++) {
+      const float* q = call_.q + first_row(task) * call_.q_stride +
+                       (task.kv_head + head) * group_ * kv_.key_dim;
+      for_row_groups(head_rows(task), [&](long first, int count) {
+        const auto begin = [&](int r) {
+          const long row = first + r;
+          const float* from = q + row / group_ * call_.q_stride + row % group_ * kv_.key_dim;
+          const float* ahead = from + kTokensAhead * call_.q_stride;
+          for (long i = 0; i < kv_.key_dim; i += kLanes) __builtin_prefetch(ahead + i, 0, 3);
+          return from;
+        };
+        Format::queries(count, begin, scale, kv_.key_dim,
+                        at.q + (head * head_rows(task) + first) * factors<Format>(kv_.key_dim));
+      });
+    }
   }
 
   template <class Format>
@@ -192,7 +199,12 @@ class Kernel {
                   float* work) const {
     using T = typename Format::Element;
     const Buffers<Format> at = buffers<Format>(work);
-    sums.reset(rows(task), columns_);
+    const bool streams = sizes_.streams(task.count);
+    if (streams) {
+      sums.reset(rows(task), columns_);
+    } else {
+      sums.reset_sums(rows(task));
+    }
     const long begin = section * kSection, end = this->end(task, section);
     const PageTable table(call_, task.segment, task.kv_head);
     Pages<T> pages[2];
@@ -202,10 +214,10 @@ class Kernel {
       const Pages<T>& now = pages[turn];
       Pages<T>& next = pages[turn ^ 1];
       table.find(first + kKeyBlock, known, next);
-      if (sizes_.streams(task.count)) {
+      if (streams) {
         few_queries<Format>(task, first, now, next, table, at, sums);
       } else {
-        many_queries<Format>(task, first, now, next, table, at, sums);
+        many_queries<Format>(task, first, first == begin, now, next, table, at, sums);
       }
     }
   }
@@ -215,17 +227,22 @@ class Kernel {
     return call_.starts[task.segment] + task.first + r % head_rows(task) / group_ + 1 - first;
   }
 
-  // Scores of rows [row, row + count) become weights, and what was summed before is scaled.
-  template <class Format>
+  // Scores of rows [row, row + count) become weights; `scale(row, factor)` is called where what was summed
+  // before is to be scaled.
+  template <class Format, class Scale>
   void softmax(const Task& task, long first, long row, long count, long panels,
-               const Buffers<Format>& at, const State& sums) const {
+               const Buffers<Format>& at, const State& sums, const Scale& scale) const {
     for (long i = 0; i < count; i++) {
       const long r = row + i, seen = std::min(panels * kLanes, visible(task, first, r));
       const float factor = softmax_row<Format>(
           at.scores + i * kKeyBlock, at.weights + i * factors<Format>(kKeyBlock), panels, seen,
           sums.maximum + r, sums.sum + r * kLanes);
-      if (factor != 1.0f) scale_row(sums.out + r * columns_, columns_, factor);
+      if (factor != 1.0f) scale(r, factor);
     }
+  }
+
+  void scale_values(const State& sums, long r, float factor) const {
+    scale_row(sums.out + r * columns_, columns_, factor);
   }
 
   // `group` rows of scores over whole panels of packed keys.
@@ -242,12 +259,12 @@ class Kernel {
     return {at.values, kLanes * kKeyBlock, 0, 0, turns};
   }
 
-  // Adds `count` values, weighted, to the sums of `group` rows.
+  // Adds `count` values, weighted, to the sums of `group` rows, or stores them.
   template <class Format, class Values>
   void add_values(int group, const typename Format::Factor* weights, Values values, long count,
-                  float* out) const {
+                  float* out, Into into) const {
     const Spaced<typename Format::Factor, factors<Format>(kKeyBlock)> rows{weights, {}};
-    multiply_rows(group, rows, values, count, out, columns_, columns_, Into::continue_);
+    multiply_rows(group, rows, values, count, out, columns_, columns_, into);
   }
 
   // Memory is the limit. A page's heads are read one after the other; keys of a few tokens at a time
@@ -273,7 +290,8 @@ class Kernel {
       }
     }
     const long panels = (pages.tokens() + kLanes - 1) / kLanes;
-    softmax<Format>(task, first, 0, rows(task), panels, at, sums);
+    softmax<Format>(task, first, 0, rows(task), panels, at, sums,
+                    [&](long r, float factor) { scale_values(sums, r, factor); });
     for (long p = 0; p < pages.count; p++) {
       const Page<T>& page = pages.at[p];
       for (long head = 0; head < task.heads; head++) {
@@ -285,7 +303,7 @@ class Kernel {
           const long row = head * head_rows(task) + r;
           add_values<Format>(group,
                              at.weights + factors<Format>(row * kKeyBlock + page.first), natural,
-                             page.tokens, sums.out + row * columns_);
+                             page.tokens, sums.out + row * columns_, Into::continue_);
         });
       }
     }
@@ -312,9 +330,11 @@ class Kernel {
     }
   }
 
-  // Arithmetic is the limit: the block is packed once for all rows, which ask for the next one.
+  // Arithmetic is the limit: the block is packed once for all rows, which ask for the next one. `begins`: it is
+  // the section's first one.
   template <class Format>
-  void many_queries(const Task& task, long first, const Pages<typename Format::Element>& pages,
+  void many_queries(const Task& task, long first, bool begins,
+                    const Pages<typename Format::Element>& pages,
                     const Pages<typename Format::Element>& next, const PageTable& table,
                     const Buffers<Format>& at, const State& sums) const {
     using T = typename Format::Element;
@@ -342,13 +362,20 @@ class Kernel {
                 RowGroup::groups(head_rows(task)) * (whole + columns_) / (2 * kLanes));
     for_row_groups(head_rows(task), [&](long row, int group) {
       const long count = std::min(tokens, visible(task, first, row + group - 1));
-      if (count <= 0) return;
+      float* const out = sums.out + row * columns_;
+      if (count <= 0) {
+        if (begins) std::fill_n(out, group * columns_, 0.0f);
+        return;
+      }
       const long panels = (count + kLanes - 1) / kLanes;
       score<Format>(group, at.q + row * factors<Format>(kv_.key_dim), at.keys, panels * kLanes,
                     at.scores, &turns);
-      softmax<Format>(task, first, row, group, panels, at, sums);
+      softmax<Format>(task, first, row, group, panels, at, sums, [&](long r, float factor) {
+        if (!begins) scale_values(sums, r, factor);
+      });
       add_values<Format>(group, at.weights, packed_values<Format>(at, &turns),
-                         round_up(count, Format::kPerFactor), sums.out + row * columns_);
+                         round_up(count, Format::kPerFactor), out,
+                         begins ? Into::store : Into::continue_);
     });
   }
 

@@ -4,6 +4,7 @@
 
 #include "tile.h"
 #include "transpose.h"
+#include "words.h"
 
 namespace penstock {
 
@@ -14,8 +15,13 @@ struct Widened {
   using Panel = float;  // of packed keys and values
   static constexpr long kPerFactor = 1;  // elements in one Factor
 
-  static void query(const float* from, float scale, long dims, float* to) {
-    for (long i = 0; i < dims; i++) to[i] = from[i] * scale;
+  // q of the rows that are multiplied at a time, scaled, side by side; `begin(row)` returns where a row is.
+  template <class Begin>
+  static void queries(int rows, const Begin& begin, float scale, long dims, float* to) {
+    for (int r = 0; r < rows; r++) {
+      const float* from = begin(r);
+      for (long i = 0; i < dims; i++) to[i * rows + r] = from[i] * scale;
+    }
   }
 
   // Keys of 16 tokens. `meanwhile()` is called for every eighth dim.
@@ -33,9 +39,9 @@ struct Widened {
     }
   }
 
-  // As exact as weights are, see exp2_below.
+  // As exact as weights are, see exp2_less.
   PENSTOCK_INLINE static Vec exponential(const Vec& x, const Native& shifter) {
-    return exp2_below(x, shifter, exp2_of_fraction);
+    return exp2_less(x, shifter, exp2_of_fraction);
   }
 
   // Leaves the weights of the tokens [16 · p, 16 · p + 32) of a row, and adds them to 16 sums.
@@ -52,13 +58,12 @@ struct Paired {
   using Panel = bf16;
   static constexpr long kPerFactor = 2;
 
-  static void query(const float* from, float scale, long dims, uint32_t* to) {
-    bf16* narrow = reinterpret_cast<bf16*>(to);
-    long i = 0;
-    for (; i + kLanes <= dims; i += kLanes) narrow16(load16(from + i) * splat16(scale), narrow + i);
-    bf16 rest[kLanes];
-    if (i < dims) narrow16(load_some(from + i, dims - i) * splat16(scale), rest);
-    for (long j = i; j < dims; j++) narrow[j] = rest[j - i];
+  template <class Begin>
+  static void queries(int rows, const Begin& begin, float scale, long dims, uint32_t* to) {
+    const float* from[kMaxRows];
+    const Vec by = splat16(scale);
+    write_words(to, rows, 0, dims, dims, [&](int r) { from[r] = begin(r); },
+                [&](int r, long k) { return load_some(from[r] + k, dims - k) * by; });
   }
 
   template <class Rows, class Meanwhile>
@@ -85,7 +90,7 @@ struct Paired {
   }
 
   PENSTOCK_INLINE static Vec exponential(const Vec& x, const Native& shifter) {
-    return exp2_below(x, shifter, exp2_of_fraction_coarsely);
+    return exp2_less(x, shifter, exp2_of_fraction_coarsely);
   }
 
   // What is added is what values are multiplied by: the rounded weights.

@@ -87,9 +87,11 @@ class Forward {
 
   int multiply(const Matrix& by, const Source& source, const Rows& rows, float* y,
                bool accumulate) const {
-    return linear({nullptr, 0, by.weight, by.kind, by.bias, y, rows.count, by.outputs, by.inputs,
-                   accumulate},
-                  source);
+    return linear(product(by, rows, y, accumulate), source);
+  }
+
+  static Linear product(const Matrix& by, const Rows& rows, float* y, bool accumulate) {
+    return {nullptr, 0, by.weight, by.kind, by.bias, y, rows.count, by.outputs, by.inputs, accumulate};
   }
 
   // Adds attention to x; queries lie in rows of `width`.
@@ -106,9 +108,10 @@ class Forward {
   }
 
   int feed_forward(const DecoderLayer& layer, const Rows& rows) const {
-    if (multiply(layer.gate_up, normed(rows, layer.mlp_norm), rows, between_.gate_up, false)) return 1;
-    const Source gated{between_.gate_up, layer.gate_up.outputs, Made::gated, nullptr, 0};
-    if (multiply(layer.down, gated, rows, rows.x, true)) return 1;
+    if (gated_linear(product(layer.gate_up, rows, between_.gate_up, false), normed(rows, layer.mlp_norm),
+                     product(layer.down, rows, rows.x, true))) {
+      return 1;
+    }
     round(rows);
     return 0;
   }

@@ -18,6 +18,7 @@
 #include "coded.h"
 #include "rows.h"
 #include "scratch.h"
+#include "words.h"
 
 #include <omp.h>
 
@@ -69,10 +70,8 @@ struct Workspace {
   static constexpr size_t kFloats = kRowBlock * kBlock + kBlock * kLanes;
 };
 
-// The rows of x in words of two bfloat16, those of one tile interleaved: groups, as many in each of
-// `parts`.
+// Rows in words of two bfloat16, those of one tile interleaved: groups, as many in each of `parts`.
 struct RowGroups {
-  Source x;
   long rows, inputs, parts;
   uint32_t* words;
 
@@ -81,56 +80,33 @@ struct RowGroups {
   int size(long group) const { return static_cast<int>(first(group + 1) - first(group)); }
   uint32_t* at(long group) const { return words + first(group) * (inputs / 2); }
 
-  // Rounds the columns `of` of a group, a part of them whose first is a multiple of 16.
-  void round(long group, Range of) const {
-    int r = 0;
-    for (; r + kTogether <= size(group); r += kTogether) round_rows<kTogether>(group, r, of);
-    for (; r < size(group); r++) round_rows<1>(group, r, of);
-  }
-
- private:
-  static constexpr int kTogether = 4;  // rows whose words are written side by side
-
-  template <int R>
-  void round_rows(long group, int r, Range of) const {
-    const float* row[R];
-    float inverse[R];
-    for (int i = 0; i < R; i++) {
-      row[i] = x.rows + (first(group) + r + i) * x.stride;
-      if (x.made == Made::normed) inverse[i] = inverse_rms(row[i], inputs, x.epsilon);
-    }
-    uint32_t* to = at(group) + r;
-    const long step = size(group);
-    switch (x.made) {
-      case Made::as_is:
-        return write<R>(to, step, of, [&](int i, long k) { return load_some(row[i] + k, inputs - k); });
-      case Made::normed:
-        return write<R>(to, step, of,
-                        [&](int i, long k) { return normed(row[i], inverse[i], x.norm, k, inputs); });
-      case Made::gated:
-        return write<R>(to, step, of, [&](int i, long k) { return gated(row[i], k, inputs); });
-    }
-  }
-
-  template <int R, class Lanes>
-  PENSTOCK_INLINE void write(uint32_t* to, long step, Range of, const Lanes& lanes) const {
-    for (long k = of.first; k < of.last; k += kLanes) {
-      uint32_t pairs[R][kLanes / 2];
-      for (int i = 0; i < R; i++) narrow16(lanes(i, k), reinterpret_cast<bf16*>(pairs[i]));
-      const long count = std::min<long>(kLanes, inputs - k) / 2;
-      uint32_t* block = to + k / 2 * step;
-      if constexpr (R == kTogether) {
-        if (count == kLanes / 2) {
-          store_side_by_side(pairs, block, step);
-          continue;
-        }
-      }
-      for (long n = 0; n < count; n++) {
-        for (int i = 0; i < R; i++) block[n * step + i] = pairs[i][n];
-      }
-    }
+  // Writes the columns `of` of a group, whose first is a multiple of 16, see write_words.
+  template <class Begin, class Lanes>
+  void write(long group, Range of, const Begin& begin, const Lanes& lanes) const {
+    write_words(at(group), size(group), of.first, of.last, inputs, begin, lanes);
   }
 };
+
+// Rounds the columns `of` of a group of what is made of the source's rows.
+void round(const Source& source, const RowGroups& x, long group, Range of) {
+  const float* row[kMaxRows];
+  float inverse[kMaxRows];
+  const auto begin = [&](int r) {
+    row[r] = source.rows + (x.first(group) + r) * source.stride;
+    if (source.made == Made::normed) inverse[r] = inverse_rms(row[r], x.inputs, source.epsilon);
+  };
+  switch (source.made) {
+    case Made::as_is:
+      return x.write(group, of, begin,
+                     [&](int r, long k) { return load_some(row[r] + k, x.inputs - k); });
+    case Made::normed:
+      return x.write(group, of, begin, [&](int r, long k) {
+        return normed(row[r], inverse[r], source.norm, k, x.inputs);
+      });
+    case Made::gated:
+      return x.write(group, of, begin, [&](int r, long k) { return gated(row[r], k, x.inputs); });
+  }
+}
 
 class Product {
  public:
@@ -148,17 +124,27 @@ class Product {
   void run_pairs(const RowGroups& x, Range groups, Range columns) const {
     start({x.first(groups.first), x.first(groups.last)}, columns);
     for (long g = groups.first; g < groups.last; g++) {
-      // The last rows find all panels in the second level, and ask for those that come next.
-      const bool last = g > groups.first && g + 1 == groups.last;
-      const Interleaved<uint32_t> rows{x.at(g)};
-      float* y = call_.y + x.first(g) * call_.outputs + columns.first;
-      if (call_.kind == kBfloat16Coded) {
-        multiply_coded(x.size(g), rows, columns, last, y);
-      } else {
-        const auto weight = packed<bf16>() + columns.first / kLanes;
-        multiply_rows(x.size(g), rows, last ? weight.asking(columns.size() / kLanes) : weight,
-                      call_.inputs, y, call_.outputs, columns.size(), into(0));
-      }
+      multiply_group(x, g, columns, is_last(groups, g),
+                     call_.y + x.first(g) * call_.outputs + columns.first, call_.outputs);
+    }
+  }
+
+  // The last rows find all panels in the second level, and ask for those that come next.
+  static bool is_last(Range groups, long group) {
+    return group > groups.first && group + 1 == groups.last;
+  }
+
+  // One group's columns, without a bias, to rows of `stride`.
+  void multiply_group(const RowGroups& x, long group, Range columns, bool asks_for_next, float* y,
+                      long stride) const {
+    const Interleaved<uint32_t> rows{x.at(group)};
+    if (call_.kind == kBfloat16Coded) {
+      multiply_coded(x.size(group), rows, columns, asks_for_next, y, stride);
+    } else {
+      const auto weight = packed<bf16>() + columns.first / kLanes;
+      multiply_rows(x.size(group), rows,
+                    asks_for_next ? weight.asking(columns.size() / kLanes) : weight, call_.inputs, y,
+                    stride, columns.size(), into(0));
     }
   }
 
@@ -178,7 +164,7 @@ class Product {
   }
 
   void multiply_coded(int rows, Interleaved<uint32_t> x, Range columns, bool asks_for_next,
-                      float* y) const {
+                      float* y, long stride) const {
     const auto* pairs = static_cast<const CodedPair*>(call_.weight) + columns.first / kPackedColumns;
     long ahead = kAhead;
     if (asks_for_next) {
@@ -189,7 +175,7 @@ class Product {
       for (long n = 0; n < columns.size(); n += kPackedColumns) {
         const long count = std::min<long>(kPackedColumns, columns.size() - n);
         tile<r.value, 2>(x, Coded{pairs + n / kPackedColumns, ahead}, call_.inputs, y + n,
-                         call_.outputs, count, into(0));
+                         stride, count, into(0));
       }
     });
   }
@@ -293,68 +279,158 @@ int linear_of_floats(const Linear& call) {
   return 0;
 }
 
-// What one thread is to compute: some rows, or some columns of all rows.
-struct Share {
-  Range groups, columns;
-  long tasks;  // that the columns are cut into
-  long first;  // where they are begun: of the same columns nobody reads what another is just reading
+// Of products of pairs, by how many the rows are divided.
+long row_parts(long rows, long threads) {
+  return std::clamp(rows / kRowsAThread, 1L, std::min(threads, Queues::kMost));
+}
+
+// How a product is dealt out: to each thread some rows, or some columns of all rows, in tasks.
+class Deal {
+ public:
+  // A task has a multiple of `unit` columns, and if more than one group of rows passes them up to `together`,
+  // which stay in the second level. Else the last tasks are as short as they can be, so that no thread waits
+  // for another.
+  Deal(const RowGroups& x, long columns, long unit, long together, long threads)
+      : unit_(unit),
+        count_(std::min(threads, Queues::kMost) / x.parts * x.parts),
+        queues_(count_, passes_again(x) ? 0 : kTasksPerThread) {
+    if (passes_again(x)) {
+      together = std::max(unit, together / unit * unit);
+    } else {
+      together = unit;
+    }
+    for (long i = 0; i < count_; i++) {
+      const Range mine = part(columns, unit, count_ / x.parts, i / x.parts);
+      const long wanted = std::max((mine.size() + together - 1) / together, kTasksPerThread);
+      const long tasks = std::min((mine.size() + unit - 1) / unit, wanted);
+      const long first = tasks * (i % x.parts) / x.parts;
+      shares_[i] = {part(x.count(), 1, x.parts, i % x.parts), mine, tasks, first};
+      queues_.set(i, 0, tasks);
+      most_ = std::max(most_, tasks == 0 ? 0 : (mine.size() / unit + tasks) / tasks * unit);
+    }
+  }
+
+  static bool passes_again(const RowGroups& x) { return x.count() > x.parts; }
+
+  // Of a task where rows pass again, at most.
+  long most_columns() const { return most_; }
+
+  // Calls `body(groups, columns)` for every task that is the thread's. Every thread calls it once.
+  template <class Body>
+  void run(long thread, const Body& body) {
+    queues_.run(thread, [&](long index, long first, long behind) {
+      const Share& share = shares_[index];
+      const auto columns_of = [&](long task) {
+        return part(share.columns.size(), unit_, share.tasks, (share.first + task) % share.tasks);
+      };
+      body(share.groups, {share.columns.first + columns_of(first).first,
+                          share.columns.first + columns_of(behind - 1).last});
+    });
+  }
+
+ private:
+  struct Share {
+    Range groups, columns;
+    long tasks;  // that the columns are cut into
+    long first;  // where they are begun: of the same columns nobody reads what another is just reading
+  };
+
+  long unit_, count_, most_ = 0;
+  Queues queues_;
+  Share shares_[Queues::kMost];
 };
+
+// The columns of a tile, or more where that many lie together.
+long columns_together(const Linear& call, int rows) {
+  if (call.kind == kBfloat16Coded) return kPackedColumns;
+  return std::max<long>(panels_for(rows) * kLanes, kPackedColumns);
+}
+
+// Columns whose panels stay in the second level.
+long cached_columns(const Linear& call) {
+  return kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
+}
+
+long words_of(const Linear& call) {
+  return round_up(static_cast<long>(call.rows) * call.inputs / 2, kLine / sizeof(uint32_t));
+}
+
+// Every thread of a parallel region calls it, and finds all rows rounded.
+void round_together(const Source& source, const RowGroups& x, long threads) {
+  // Few groups are rounded in parts.
+  const long cuts = std::max(1L, threads / x.count());
+#pragma omp for schedule(static)
+  for (long i = 0; i < x.count() * cuts; i++) {
+    round(source, x, i / cuts, part(x.inputs, kLanes, cuts, i % cuts));
+  }
+}
 
 int linear_of_pairs(const Linear& call, const Source& source) {
   static thread_local Scratch rounded;
   const long threads = omp_get_max_threads();
   const bool by_each = call.rows <= kRoundedByEach;
-  const long size = round_up(static_cast<long>(call.rows) * call.inputs / 2, kLine / sizeof(uint32_t));
+  const long size = words_of(call);
   uint32_t* words = rounded.take<uint32_t>(size * (by_each ? threads : 1));
   if (words == nullptr) return 1;
-  const long most = std::min(threads, Queues::kMost);
-  const long row_parts = std::clamp(static_cast<long>(call.rows) / kRowsAThread, 1L, most);
-  const long column_parts = most / row_parts;
-  RowGroups x{source, call.rows, call.inputs, row_parts, words};
-  // Few groups are rounded in parts.
-  const long cuts = std::max(1L, threads / x.count());
-
-  const long unit = call.kind == kBfloat16Coded
-                        ? kPackedColumns
-                        : std::max<long>(panels_for(x.size(0)) * kLanes, kPackedColumns);
-  // What a second group of rows passes again is as much as stays in the second level. Else the last tasks are
-  // as short as they can be, so that no thread waits for another.
-  const bool pass_again = x.count() > row_parts;
-  const long cached = kPanelBytes / (call.inputs * static_cast<long>(sizeof(bf16)));
-  const long together = pass_again ? std::max(unit, cached / unit * unit) : unit;
-  const long count = row_parts * column_parts;
-  Share shares[Queues::kMost];
-  Queues queues(count, pass_again ? 0 : kTasksPerThread);
-  for (long i = 0; i < count; i++) {
-    const Range columns = part(call.outputs, unit, column_parts, i / row_parts);
-    const long wanted = std::max((columns.size() + together - 1) / together, kTasksPerThread);
-    const long tasks = std::min((columns.size() + unit - 1) / unit, wanted);
-    const long first = tasks * (i % row_parts) / row_parts;
-    shares[i] = {part(x.count(), 1, row_parts, i % row_parts), columns, tasks, first};
-    queues.set(i, 0, tasks);
-  }
+  RowGroups x{call.rows, call.inputs, row_parts(call.rows, threads), words};
+  Deal deal(x, call.outputs, columns_together(call, x.size(0)), cached_columns(call), threads);
+  const Product product(call);
 #pragma omp parallel firstprivate(x)
   {
-    const Product product(call);
     const long me = omp_get_thread_num();
     if (by_each) {
       x.words += me * size;
-      x.round(0, {0, call.inputs});
+      round(source, x, 0, {0, call.inputs});
     } else {
-#pragma omp for schedule(static)
-      for (long i = 0; i < x.count() * cuts; i++) {
-        x.round(i / cuts, part(call.inputs, kLanes, cuts, i % cuts));
-      }
+      round_together(source, x, threads);
     }
-    queues.run(me, [&](long index, long first, long behind) {
-      const Share& share = shares[index];
-      const auto columns_of = [&](long task) {
-        return part(share.columns.size(), unit, share.tasks, (share.first + task) % share.tasks);
-      };
-      product.run_pairs(x, share.groups,
-                        {share.columns.first + columns_of(first).first,
-                         share.columns.first + columns_of(behind - 1).last});
+    deal.run(me, [&](Range groups, Range columns) { product.run_pairs(x, groups, columns); });
+  }
+  return 0;
+}
+
+// Whether what is gated can go from one product to the next in words.
+bool in_words(const Linear& gate_up, const Linear& down) {
+  const auto pairs = [](const Linear& call) {
+    return call.kind == kBfloat16Pairs || call.kind == kBfloat16Coded;
+  };
+  return pairs(gate_up) && pairs(down) && gate_up.bias == nullptr && down.inputs % kPackedColumns == 0;
+}
+
+// A thread that has a tile's columns of gates and of what they gate, in its first level, rounds the product at
+// once. As float32 in memory the two take eight times the room: 12 MB a layer for 512 rows, written and read.
+int gated_of_pairs(const Linear& gate_up, const Source& source, const Linear& down) {
+  static thread_local Scratch rounded, gated_words, tiles;
+  const long threads = omp_get_max_threads(), parts = row_parts(gate_up.rows, threads);
+  const RowGroups x{gate_up.rows, gate_up.inputs, parts,
+                    rounded.take<uint32_t>(words_of(gate_up))};
+  const RowGroups gated{down.rows, down.inputs, parts, gated_words.take<uint32_t>(words_of(down))};
+  Deal first(x, down.inputs, columns_together(gate_up, x.size(0)), cached_columns(gate_up) / 2, threads);
+  Deal second(gated, down.outputs, columns_together(down, gated.size(0)), cached_columns(down), threads);
+  const long stride = 2 * first.most_columns();
+  float* all_tiles = tiles.take<float>(kMaxRows * stride * threads);
+  if (x.words == nullptr || gated.words == nullptr || all_tiles == nullptr) return 1;
+  const Product product(gate_up), down_product(down);
+#pragma omp parallel
+  {
+    const long me = omp_get_thread_num();
+    round_together(source, x, threads);
+    float* gates = all_tiles + me * kMaxRows * stride;
+    first.run(me, [&](Range groups, Range columns) {
+      float* ups = gates + columns.size();
+      for (long g = groups.first; g < groups.last; g++) {
+        const bool last = Product::is_last(groups, g);
+        product.multiply_group(x, g, columns, last, gates, stride);
+        product.multiply_group(x, g, {down.inputs + columns.first, down.inputs + columns.last}, last,
+                               ups, stride);
+        gated.write(g, columns, [](int) {}, [&](int r, long k) {
+          const long at = r * stride + k - columns.first;
+          return silu(load16(gates + at)) * load16(ups + at);
+        });
+      }
     });
+#pragma omp barrier
+    second.run(me, [&](Range groups, Range columns) { down_product.run_pairs(gated, groups, columns); });
   }
   return 0;
 }
@@ -368,6 +444,12 @@ Matrix columns(const Matrix& of, long first, long count) {
                           : first * of.inputs * element;
   const auto* weight = static_cast<const char*>(of.weight) + before;
   return {weight, of.kind, of.bias == nullptr ? nullptr : of.bias + first, count, of.inputs};
+}
+
+int gated_linear(const Linear& gate_up, const Source& source, const Linear& down) {
+  if (gate_up.rows > kMaxRows && in_words(gate_up, down)) return gated_of_pairs(gate_up, source, down);
+  if (linear(gate_up, source)) return 1;
+  return linear(down, {gate_up.y, gate_up.outputs, Made::gated, nullptr, 0.0f});
 }
 
 int linear(Linear call, const Source& source) {

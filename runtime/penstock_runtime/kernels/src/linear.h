@@ -21,4 +21,8 @@ Matrix columns(const Matrix& of, long first, long count);
 // As penstock_linear, of what is made of the source's rows; the call's own x is not looked at.
 int linear(Linear call, const Source& source);
 
+// Two products: of what is made of the source's rows, and of the halves of that, the first one's silu times the
+// second. The first call's y is room for it, which may not be needed.
+int gated_linear(const Linear& gate_up, const Source& source, const Linear& down);
+
 }  // namespace penstock

@@ -17,12 +17,12 @@ PENSTOCK_INLINE float inverse_rms(const float* x, long columns, float epsilon) {
   return 1.0f / std::sqrt(sum_lanes(sum) / static_cast<float>(columns) + epsilon);
 }
 
-// x · sigmoid(x), with e = exp(-|x|): sigmoid is 1 / (1 + e) for x >= 0, else e / (1 + e).
+// x · sigmoid(x) = x / (1 + exp(-x)), where the exponential is kept finite: beyond, the quotient is x, or less
+// than 2e-36 in magnitude.
 PENSTOCK_INLINE Vec silu(const Vec& x) {
-  const Vec zero = splat16(0.0f), one = splat16(1.0f);
-  const Vec magnitude = max(x, zero - x);
-  const Vec e = exp2_nonpositive(magnitude * splat16(-0x1.715476p+0f));
-  return x * (where_less(x, zero, e, one) / (one + e));
+  const Vec least = max(x, splat16(-87.0f));
+  const Vec exponent = max(least * splat16(-0x1.715476p+0f), splat16(-126.0f));
+  return least / (splat16(1.0f) + exp2_less(exponent, splat(kShifter), exp2_of_fraction));
 }
 
 // Lanes [i, i + 16) of x / rms(x) · weight.

@@ -1,7 +1,7 @@
 // Running sums of attention: the maximum, the sum and the weighted values of what a row has seen so far.
 //
 // Weights are relative to the next whole number above the largest score, 2^(score - maximum): taking a whole
-// number off costs nothing (exp2_below), it changes less often, and what was summed before is scaled by
+// number off costs nothing (exp2_less), it changes less often, and what was summed before is scaled by
 // powers of two, without rounding.
 #pragma once
 
@@ -29,9 +29,13 @@ struct State {
   }
 
   void reset(long rows, long columns) const {
+    reset_sums(rows);
+    std::fill_n(out, rows * columns, 0.0f);
+  }
+  // All but the values, which will be stored.
+  void reset_sums(long rows) const {
     std::fill_n(maximum, rows, kNone);
     std::fill_n(sum, rows * kLanes, 0.0f);
-    std::fill_n(out, rows * columns, 0.0f);
   }
 };
 

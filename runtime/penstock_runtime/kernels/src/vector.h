@@ -89,7 +89,16 @@ PENSTOCK_INLINE Native fma(Native a, Native b, Native c) {
 #endif
 }
 
-PENSTOCK_INLINE Native max(Native a, Native b) { return a > b ? a : b; }
+// Of two of which one is no number, or zeros, the second. By name: of the formula g++ makes two instructions.
+PENSTOCK_INLINE Native max(Native a, Native b) {
+#if defined(__AVX512F__)
+  return (Native)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Native)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // The bits of the larger of two, if `than` is positive. As whole numbers: more parts of the processor do that.
 PENSTOCK_INLINE Bits larger(Native of, float than) {
@@ -192,11 +201,23 @@ PENSTOCK_INLINE Vec first_lanes(const Vec& v, long count) {
 
 // The sum of the lanes: halves are added until one is left.
 PENSTOCK_INLINE float sum_lanes(const Vec& v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 high = _mm512_extractf32x8_ps((__m512)v.part[0], 1);
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v.part[0]), high);
+#else
+  const __m256 eight = _mm256_add_ps((__m256)v.part[0], (__m256)v.part[1]);
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float lane[kLanes];
   store16(lane, v);
   _Pragma("GCC unroll 4") for (int half = kLanes / 2; half; half /= 2)
       _Pragma("GCC unroll 8") for (int i = 0; i < half; i++) lane[i] += lane[i + half];
   return lane[0];
+#endif
 }
 
 PENSTOCK_INLINE float max_lanes(const Vec& v) {
@@ -468,25 +489,12 @@ PENSTOCK_INLINE Native exp2_of_fraction_coarsely(Native f) {
 // Adding it to a number leaves a whole one in the lowest bits.
 constexpr float kShifter = 0x1.8p+23f;
 
-// 2^x for x <= 0: x = n + f with n whole and |f| <= 1/2, and n is added to the exponent of 2^f. Exactly 1
-// at 0, and 0 below -126 and at -infinity.
-PENSTOCK_INLINE Vec exp2_nonpositive(const Vec& x) {
-  const Native shifter = splat(kShifter);
-  Vec v;
-  PENSTOCK_EACH(i) {
-    const Native shifted = x.part[i] + shifter;
-    const Native fraction = x.part[i] - (shifted - shifter);
-    const Bits scaled = (Bits)exp2_of_fraction(fraction) + ((Bits)shifted << 23);
-    v.part[i] = (Native)(scaled & (Bits)(x.part[i] >= splat(-126.0f)));
-  }
-  return v;
-}
-
-// 2^(x - whole) by `of`(fraction), for a finite x not above a whole number below 2^22 in magnitude, which
-// is given as `shifter`, kShifter - whole. Taking it off costs nothing so; what would be less than 2^-125
-// is about that.
+// 2^(x - whole), for a whole number below 2^22 in magnitude, which is given as `shifter`, kShifter - whole:
+// taking it off costs nothing so. x - whole = n + f with n whole and |f| <= 1/2; 2^f is `of`(f), and n is
+// added to the exponent of that. x is finite and x - whole below 127; what would be less than 2^-125 is about
+// that. Exactly 1 where x is the whole number.
 template <class Polynomial>
-PENSTOCK_INLINE Vec exp2_below(const Vec& x, const Native& shifter, const Polynomial& of) {
+PENSTOCK_INLINE Vec exp2_less(const Vec& x, const Native& shifter, const Polynomial& of) {
   Vec v;
   PENSTOCK_EACH(i) {
     const Native shifted = x.part[i] + shifter;
