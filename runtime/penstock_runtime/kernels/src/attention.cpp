@@ -222,9 +222,9 @@ class Kernel {
     }
   }
 
-  // Keys of a block, counted from its first, that row r sees. May be less than 1.
-  long visible(const Task& task, long first, long r) const {
-    return call_.starts[task.segment] + task.first + r % head_rows(task) / group_ + 1 - first;
+  // Keys of a block, counted from its first, that a token of the task sees. May be less than 1.
+  long visible(const Task& task, long first, long token) const {
+    return call_.starts[task.segment] + task.first + token + 1 - first;
   }
 
   // Scores of rows [row, row + count) become weights; `scale(row, factor)` is called where what was summed
@@ -232,12 +232,16 @@ class Kernel {
   template <class Format, class Scale>
   void softmax(const Task& task, long first, long row, long count, long panels,
                const Buffers<Format>& at, const State& sums, const Scale& scale) const {
+    long token = row % head_rows(task) / group_, query = row % group_;
     for (long i = 0; i < count; i++) {
-      const long r = row + i, seen = std::min(panels * kLanes, visible(task, first, r));
+      const long r = row + i, seen = std::min(panels * kLanes, visible(task, first, token));
       const float factor = softmax_row<Format>(
           at.scores + i * kKeyBlock, at.weights + i * factors<Format>(kKeyBlock), panels, seen,
           sums.maximum + r, sums.sum + r * kLanes);
       if (factor != 1.0f) scale(r, factor);
+      if (++query < group_) continue;
+      query = 0;
+      if (++token == task.count) token = 0;  // the next head's
     }
   }
 
@@ -361,7 +365,7 @@ class Kernel {
     Turns turns(places, 2 * next.count,
                 RowGroup::groups(head_rows(task)) * (whole + columns_) / (2 * kLanes));
     for_row_groups(head_rows(task), [&](long row, int group) {
-      const long count = std::min(tokens, visible(task, first, row + group - 1));
+      const long count = std::min(tokens, visible(task, first, (row + group - 1) / group_));
       float* const out = sums.out + row * columns_;
       if (count <= 0) {
         if (begins) std::fill_n(out, group * columns_, 0.0f);
