@@ -10,45 +10,53 @@ namespace {
 
 constexpr long kFewElements = 1 << 14;  // below, a second thread costs more than it saves
 
-// Turns pairs that lie side by side by angles given as (cosine, sine). Fused by name: of a c - b s and
-// a s + b c side by side g++ makes one instruction that fuses them on x86-64 (vfmaddsub), whatever
-// -ffp-contract says, and only where it vectorizes.
-PENSTOCK_INLINE void rotate(float* x, const float* rotation, long key_dim) {
-  for (long i = 0; i < key_dim; i += 2) {
-    const float a = x[i], b = x[i + 1], c = rotation[i], s = rotation[i + 1];
-    x[i] = __builtin_fmaf(a, c, -(b * s));
-    x[i + 1] = __builtin_fmaf(a, s, b * c);
-  }
+template <class T>
+PENSTOCK_INLINE void narrow_some(const Vec& x, T* to, long count) {
+  if (count >= kLanes) return narrow16(x, to);
+  float lane[kLanes];
+  store16(lane, x);
+  for (long i = 0; i < count; i++) narrow(lane[i], to + i);
 }
 
-template <class T>
-PENSTOCK_INLINE void narrow_row(const float* from, long count, T* to) {
-  for (long i = 0; i < count; i++) narrow(from[i], to + i);
+// Calls `take(i, lanes)` for every 16 elements of a head, normed and turned.
+template <class Take>
+PENSTOCK_INLINE void norm_and_turn(const float* x, const float* weight, float epsilon,
+                                   const float* rotation, long key_dim, const Take& take) {
+  const float inverse = weight == nullptr ? 1.0f : inverse_rms(x, key_dim, epsilon);
+  for (long i = 0; i < key_dim; i += kLanes) {
+    const long left = key_dim - i;
+    const Vec lanes = weight == nullptr ? load_some(x + i, left) : normed(x, inverse, weight, i, key_dim);
+    take(i, turn_pairs(lanes, load_some(rotation + i, left)));
+  }
 }
 
 template <class T>
 void attention_inputs_of_row(const AttentionInputs& call, long row) {
   const KvLayer& kv = call.kv;
   const long width = call.heads * kv.key_dim + kv.kv_heads * (kv.key_dim + kv.value_dim);
-  float* x = call.qkv + row * width;
+  const long offset = call.offsets[row];
   const float* rotation = call.rotations + row * kv.key_dim;
-  T* keys = static_cast<T*>(kv.keys) + call.pages[row] * kv.key_page_stride;
-  T* values = static_cast<T*>(kv.values) + call.pages[row] * kv.value_page_stride;
-  for (long head = 0; head < call.heads + kv.kv_heads; head++, x += kv.key_dim) {
-    if (call.norm != nullptr) {
-      const float* weight = call.norm + head * kv.key_dim;
-      const float inverse = inverse_rms(x, kv.key_dim, call.epsilon);
-      for (long i = 0; i < kv.key_dim; i++) x[i] = x[i] * inverse * weight[i];
+  const float* weight = call.norm;
+  float* x = call.qkv + row * width;
+  T* keys = static_cast<T*>(kv.keys) + call.pages[row] * kv.key_page_stride + offset * kv.key_stride;
+  T* values =
+      static_cast<T*>(kv.values) + call.pages[row] * kv.value_page_stride + offset * kv.value_stride;
+  const auto each = [&](long heads, const auto& take) {
+    for (long head = 0; head < heads; head++, x += kv.key_dim) {
+      norm_and_turn(x, weight, call.epsilon, rotation, kv.key_dim,
+                    [&](long i, const Vec& lanes) { take(head, i, lanes); });
+      if (weight != nullptr) weight += kv.key_dim;
     }
-    rotate(x, rotation, kv.key_dim);
-    if (head >= call.heads) {
-      const long slot = (head - call.heads) * kv.page_size + call.offsets[row];
-      narrow_row(x, kv.key_dim, keys + slot * kv.key_stride);
-    }
-  }
+  };
+  each(call.heads, [&](long, long i, const Vec& lanes) { store_some(x + i, lanes, kv.key_dim - i); });
+  each(kv.kv_heads, [&](long head, long i, const Vec& lanes) {
+    narrow_some(lanes, keys + head * kv.page_size * kv.key_stride + i, kv.key_dim - i);
+  });
   for (long head = 0; head < kv.kv_heads; head++, x += kv.value_dim) {
-    const long slot = head * kv.page_size + call.offsets[row];
-    narrow_row(x, kv.value_dim, values + slot * kv.value_stride);
+    T* to = values + head * kv.page_size * kv.value_stride;
+    for (long i = 0; i < kv.value_dim; i += kLanes) {
+      narrow_some(load_some(x + i, kv.value_dim - i), to + i, kv.value_dim - i);
+    }
   }
 }
 

@@ -236,6 +236,30 @@ PENSTOCK_INLINE float max_lanes(const Vec& v) {
 #endif
 }
 
+// Pairs (a, b) that lie side by side, turned by angles given as (cosine, sine): (a c - b s, b c + a s), the
+// first product of each fused. By name: of the formula g++ makes what it likes, whatever -ffp-contract says.
+PENSTOCK_INLINE Vec turn_pairs(const Vec& x, const Vec& by) {
+  Vec v;
+#if defined(__AVX512F__)
+  const __m512 pairs = (__m512)x.part[0], turns = (__m512)by.part[0];
+  const __m512 across = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xb1), _mm512_movehdup_ps(turns));
+  v.part[0] = (Native)_mm512_fmaddsub_ps(pairs, _mm512_moveldup_ps(turns), across);
+#elif defined(__AVX2__)
+  PENSTOCK_EACH(i) {
+    const __m256 pairs = (__m256)x.part[i], turns = (__m256)by.part[i];
+    const __m256 across = _mm256_mul_ps(_mm256_permute_ps(pairs, 0xb1), _mm256_movehdup_ps(turns));
+    v.part[i] = (Native)_mm256_fmaddsub_ps(pairs, _mm256_moveldup_ps(turns), across);
+  }
+#else
+  PENSTOCK_EACH(i) for (int j = 0; j < kWidth; j += 2) {
+    const float a = x.part[i][j], b = x.part[i][j + 1], c = by.part[i][j], s = by.part[i][j + 1];
+    v.part[i][j] = __builtin_fmaf(a, c, -(b * s));
+    v.part[i][j + 1] = __builtin_fmaf(b, c, a * s);
+  }
+#endif
+  return v;
+}
+
 // Up to 16 floats; missing lanes are 0.
 PENSTOCK_INLINE Vec load_some(const float* p, long count) {
   if (count >= kLanes) return load16(p);
@@ -337,6 +361,17 @@ PENSTOCK_INLINE void narrow16(const Vec& x, float* to) { store16(to, x); }
 PENSTOCK_INLINE void narrow16(const Vec& x, bf16* to) {
 #if defined(__AVX512BF16__)
   const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x.part[0]);
+  std::memcpy(to, &narrow, sizeof narrow);
+#else
+  float lane[kLanes];
+  store16(lane, x);
+  for (int i = 0; i < kLanes; i++) narrow(lane[i], to + i);
+#endif
+}
+
+PENSTOCK_INLINE void narrow16(const Vec& x, f16* to) {
+#if defined(__AVX512F__)
+  const __m256i narrow = _mm512_cvtps_ph((__m512)x.part[0], _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(to, &narrow, sizeof narrow);
 #else
   float lane[kLanes];
