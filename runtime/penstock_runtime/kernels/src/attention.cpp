@@ -227,26 +227,22 @@ class Kernel {
     return call_.starts[task.segment] + task.first + token + 1 - first;
   }
 
-  // Scores of rows [row, row + count) become weights; `scale(row, factor)` is called where what was summed
-  // before is to be scaled.
-  template <class Format, class Scale>
-  void softmax(const Task& task, long first, long row, long count, long panels,
-               const Buffers<Format>& at, const State& sums, const Scale& scale) const {
+  // Scores of rows [row, row + count) become weights, and what was summed before is scaled; nothing was where
+  // a section `begins`.
+  template <class Format>
+  void softmax(const Task& task, long first, long row, long count, long panels, bool begins,
+               const Buffers<Format>& at, const State& sums) const {
     long token = row % head_rows(task) / group_, query = row % group_;
     for (long i = 0; i < count; i++) {
       const long r = row + i, seen = std::min(panels * kLanes, visible(task, first, token));
       const float factor = softmax_row<Format>(
           at.scores + i * kKeyBlock, at.weights + i * factors<Format>(kKeyBlock), panels, seen,
           sums.maximum + r, sums.sum + r * kLanes);
-      if (factor != 1.0f) scale(r, factor);
+      if (factor != 1.0f && !begins) scale_row(sums.out + r * columns_, columns_, factor);
       if (++query < group_) continue;
       query = 0;
       if (++token == task.count) token = 0;  // the next head's
     }
-  }
-
-  void scale_values(const State& sums, long r, float factor) const {
-    scale_row(sums.out + r * columns_, columns_, factor);
   }
 
   // `group` rows of scores over whole panels of packed keys.
@@ -294,8 +290,7 @@ class Kernel {
       }
     }
     const long panels = (pages.tokens() + kLanes - 1) / kLanes;
-    softmax<Format>(task, first, 0, rows(task), panels, at, sums,
-                    [&](long r, float factor) { scale_values(sums, r, factor); });
+    softmax<Format>(task, first, 0, rows(task), panels, false, at, sums);
     for (long p = 0; p < pages.count; p++) {
       const Page<T>& page = pages.at[p];
       for (long head = 0; head < task.heads; head++) {
@@ -374,9 +369,7 @@ class Kernel {
       const long panels = (count + kLanes - 1) / kLanes;
       score<Format>(group, at.q + row * factors<Format>(kv_.key_dim), at.keys, panels * kLanes,
                     at.scores, &turns);
-      softmax<Format>(task, first, row, group, panels, at, sums, [&](long r, float factor) {
-        if (!begins) scale_values(sums, r, factor);
-      });
+      softmax<Format>(task, first, row, group, panels, begins, at, sums);
       add_values<Format>(group, at.weights, packed_values<Format>(at, &turns),
                          round_up(count, Format::kPerFactor), out,
                          begins ? Into::store : Into::continue_);

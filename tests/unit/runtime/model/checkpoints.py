@@ -89,7 +89,8 @@ CONFIGS = {
     "mistral-window": MistralConfig(**shape(sliding_window=MAX_TOKENS)),
     "qwen2": Qwen2Config(**shape(tie_word_embeddings=True)),
     "qwen2-yarn": Qwen2Config(**shape(rope_parameters=YARN)),
-    "qwen3": Qwen3Config(**shape(head_dim=16, tie_word_embeddings=True)),
+    # Of whole panels: what is gated goes from one product to the next in words (linear.cpp).
+    "qwen3": Qwen3Config(**shape(head_dim=16, tie_word_embeddings=True, intermediate_size=224)),
     "qwen3-yarn": Qwen3Config(
         **shape(head_dim=32, rope_parameters=YARN | {"truncate": False}, attention_bias=True)
     ),
