@@ -7,7 +7,8 @@
 // a block's keys and values are packed into panels, then for a few rows at a time
 //
 //   S = Q · Kᵀ        masked where a key lies behind the row's own position
-//   m, l, P           the running maximum, sum and weights (Milakov and Gimelshein, arXiv 1805.02867)
+//   m, l, P           the running maximum, sum and weights (Milakov and Gimelshein, arXiv 1805.02867),
+//                     the maximum as the next whole number above it (softmax.h)
 //   O = O · α + P · V
 //
 // Blocks form *sections* of kSection keys, each with sums of its own, that are merged in order. The

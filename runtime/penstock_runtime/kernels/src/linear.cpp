@@ -10,7 +10,8 @@
 // level, where all rows pass them; the rows of a tile stay in the first. Of many rows each thread has
 // its own, in every product of a layer: what it reads then it wrote itself, and two threads may be far
 // from each other (in caches of different parts of a processor). Of a few rows it has some columns, the
-// same in every layer: where they go is in its own cache. A thread that is done helps another.
+// same in every layer: where they go is in its own cache. A thread that is done helps another. What is gated
+// goes from its product to the next one in words, without having been in memory as float32.
 #include "linear.h"
 
 #include <algorithm>
