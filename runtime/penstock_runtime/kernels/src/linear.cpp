@@ -295,14 +295,10 @@ class Deal {
       : unit_(unit),
         count_(std::min(threads, Queues::kMost) / x.parts * x.parts),
         queues_(count_, passes_again(x) ? 0 : kTasksPerThread) {
-    if (passes_again(x)) {
-      together = std::max(unit, together / unit * unit);
-    } else {
-      together = unit;
-    }
+    const long wide = passes_again(x) ? std::max(unit, together / unit * unit) : unit;
     for (long i = 0; i < count_; i++) {
       const Range mine = part(columns, unit, count_ / x.parts, i / x.parts);
-      const long wanted = std::max((mine.size() + together - 1) / together, kTasksPerThread);
+      const long wanted = std::max((mine.size() + wide - 1) / wide, kTasksPerThread);
       const long tasks = std::min((mine.size() + unit - 1) / unit, wanted);
       const long first = tasks * (i % x.parts) / x.parts;
       shares_[i] = {part(x.count(), 1, x.parts, i % x.parts), mine, tasks, first};
@@ -390,12 +386,14 @@ int linear_of_pairs(const Linear& call, const Source& source) {
   return 0;
 }
 
+bool multiplies_pairs(const Linear& call) {
+  return call.kind == kBfloat16Pairs || call.kind == kBfloat16Coded;
+}
+
 // Whether what is gated can go from one product to the next in words.
 bool in_words(const Linear& gate_up, const Linear& down) {
-  const auto pairs = [](const Linear& call) {
-    return call.kind == kBfloat16Pairs || call.kind == kBfloat16Coded;
-  };
-  return pairs(gate_up) && pairs(down) && gate_up.bias == nullptr && down.inputs % kPackedColumns == 0;
+  return multiplies_pairs(gate_up) && multiplies_pairs(down) && gate_up.bias == nullptr &&
+         down.inputs % kPackedColumns == 0;
 }
 
 // A thread that has a tile's columns of gates and of what they gate, in its first level, rounds the product at
@@ -455,7 +453,7 @@ int gated_linear(const Linear& gate_up, const Source& source, const Linear& down
 
 int linear(Linear call, const Source& source) {
   if (call.rows == 0) return 0;
-  if (call.kind == kBfloat16Pairs || call.kind == kBfloat16Coded) return linear_of_pairs(call, source);
+  if (multiplies_pairs(call)) return linear_of_pairs(call, source);
   call.x = source.rows;
   call.x_stride = source.stride;
   if (source.made == Made::as_is) return linear_of_floats(call);

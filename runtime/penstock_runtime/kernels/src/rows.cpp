@@ -13,9 +13,7 @@ constexpr long kFewElements = 1 << 14;  // below, a second thread costs more tha
 template <class T>
 PENSTOCK_INLINE void narrow_some(const Vec& x, T* to, long count) {
   if (count >= kLanes) return narrow16(x, to);
-  float lane[kLanes];
-  store16(lane, x);
-  for (long i = 0; i < count; i++) narrow(lane[i], to + i);
+  narrow_lanes(x, to, count);
 }
 
 // Calls `take(i, lanes)` for every 16 elements of a head, normed and turned.

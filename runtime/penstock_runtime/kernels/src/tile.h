@@ -435,10 +435,6 @@ struct RowGroup {
     const long first = rows * index / groups(rows);
     return {first, static_cast<int>(rows * (index + 1) / groups(rows) - first)};
   }
-  // The one that a row is in.
-  static RowGroup of(long rows, long row) {
-    return at(rows, ((row + 1) * groups(rows) - 1) / rows);
-  }
 };
 
 // Calls `body(first, count)` for each of them.

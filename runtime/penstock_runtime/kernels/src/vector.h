@@ -185,18 +185,15 @@ PENSTOCK_INLINE Vec max(const Vec& a, const Vec& b) {
   return v;
 }
 
-// `yes` where a < b, else `no`.
-PENSTOCK_INLINE Vec where_less(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
-  Vec v;
-  PENSTOCK_EACH(i) v.part[i] = a.part[i] < b.part[i] ? yes.part[i] : no.part[i];
-  return v;
-}
-
 // The first `count` lanes, zeros behind them.
 PENSTOCK_INLINE Vec first_lanes(const Vec& v, long count) {
   constexpr float kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   static_assert(sizeof kNumbers == kLanes * sizeof(float));
-  return where_less(load16(kNumbers), splat16(static_cast<float>(count)), v, splat16(0.0f));
+  const Vec numbers = load16(kNumbers);
+  const Native behind = splat(static_cast<float>(count));
+  Vec first;
+  PENSTOCK_EACH(i) first.part[i] = numbers.part[i] < behind ? v.part[i] : Native{};
+  return first;
 }
 
 // The sum of the lanes: halves are added until one is left.
@@ -356,6 +353,14 @@ PENSTOCK_INLINE Vec widen16(const f16* p) {
   return v;
 }
 
+// The first `count` lanes, one by one.
+template <class T>
+PENSTOCK_INLINE void narrow_lanes(const Vec& x, T* to, long count) {
+  float lane[kLanes];
+  store16(lane, x);
+  for (long i = 0; i < count; i++) narrow(lane[i], to + i);
+}
+
 PENSTOCK_INLINE void narrow16(const Vec& x, float* to) { store16(to, x); }
 
 PENSTOCK_INLINE void narrow16(const Vec& x, bf16* to) {
@@ -363,9 +368,7 @@ PENSTOCK_INLINE void narrow16(const Vec& x, bf16* to) {
   const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x.part[0]);
   std::memcpy(to, &narrow, sizeof narrow);
 #else
-  float lane[kLanes];
-  store16(lane, x);
-  for (int i = 0; i < kLanes; i++) narrow(lane[i], to + i);
+  narrow_lanes(x, to, kLanes);
 #endif
 }
 
@@ -374,9 +377,7 @@ PENSTOCK_INLINE void narrow16(const Vec& x, f16* to) {
   const __m256i narrow = _mm512_cvtps_ph((__m512)x.part[0], _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(to, &narrow, sizeof narrow);
 #else
-  float lane[kLanes];
-  store16(lane, x);
-  for (int i = 0; i < kLanes; i++) narrow(lane[i], to + i);
+  narrow_lanes(x, to, kLanes);
 #endif
 }
 

@@ -177,9 +177,8 @@ def test_pairs_are_the_rounding_of_what_they_multiply(kernels):
         [1], heads=2, kv_heads=1, key_dim=32, value_dim=32, dtype=torch.bfloat16, page_size=4
     )
     for pairs in (False, True):
-        (out,) = world.attend(
-            kernels, [(0, 0, 1)], pairs=pairs
-        )  # one key: it is divided by its weight
+        # One key: what is multiplied by its weight is divided by it.
+        (out,) = world.attend(kernels, [(0, 0, 1)], pairs=pairs)
         value = world.v[0][0].bfloat16().float().expand(2, -1)
         torch.testing.assert_close(out[0], value, atol=0, rtol=2.0**-22)
 
