@@ -86,10 +86,25 @@ def _split(line: str) -> tuple[str, str]:
 
 
 def busy_seconds() -> float:
-    """Return the core-seconds that all processes have used since the machine started."""
+    """Return the core-seconds that all processes have used since the machine started.
+
+    And those that it did not get, see `stolen_seconds`.
+    """
+    user, nice, system, _idle, _iowait, irq, softirq, steal = _core_seconds()
+    return user + nice + system + irq + softirq + steal
+
+
+def stolen_seconds() -> float:
+    """Return the core-seconds in which a virtual machine wanted to run and its host let others.
+
+    Since it started. 0 where the host does not tell.
+    """
+    return _core_seconds()[7]
+
+
+def _core_seconds() -> list[float]:
     words = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, words[:8])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return [int(word) / os.sysconf("SC_CLK_TCK") for word in words[:8]]
 
 
 def group_cpu_seconds(*groups: int) -> float:

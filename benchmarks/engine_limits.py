@@ -72,17 +72,43 @@ class Shape:
         return self.weight_bytes + self.kv_bytes * batch * context * self.kv
 
 
-def limit_share(options: Options, task: Task, rate: float, limits: dict[str, float]) -> float:
-    """Return which share of the machine's limit our rate, in tokens/s, is.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """What our rate is of the most that this machine could have had."""
+
+    share: float
+    """Of arithmetic for a prefill; of reading memory for a decode, by the bytes that are read."""
+    model_share: float | None
+    """Of reading for a decode, as model bandwidth utilisation is mostly given: by the bytes that
+    the model has in its dtype, however they lie in memory. None for a prefill."""
+
+
+def limit_shares(
+    options: Options, task: Task, rate: float, limits: dict[str, float], given: float
+) -> Shares:
+    """Hold our rate, in tokens/s, against the machine's limits.
 
     A prefill is held against arithmetic, a decode against reading memory. Many sequences at once
     are limited by both, so their share of reading is lower.
+
+    Args:
+        options: the model, and how it was computed.
+        task: what was measured.
+        rate: tokens/s.
+        limits: `Engine.limits`, measured while the host let all cores run.
+        given: the share of the cores' time in which it did so during the sample.
     """
     row = task.row
     shape = Shape.of(options, limits["matrix_bytes"])
     if row.kind == "prefill":
         narrow = limits.get("bfloat16_gflops") if options.dtype == "bfloat16" else None
-        gflops = narrow or limits["float32_gflops"]
-        return rate * shape.flops(row.size) / row.size / (1e9 * gflops)
-    read = shape.step_bytes(row.size, task.context + task.steps / 2)
-    return rate / row.size * read / (1e9 * limits["read_gbytes"])
+        gflops = given * (narrow or limits["float32_gflops"])
+        return Shares(
+            share=rate * shape.flops(row.size) / row.size / (1e9 * gflops), model_share=None
+        )
+    steps_read = rate / row.size / (1e9 * given * limits["read_gbytes"])
+    context = task.context + task.steps / 2
+    read = shape.step_bytes(row.size, context)
+    itemsize = 4 if options.dtype == "float32" else 2
+    model = read - shape.weight_bytes + itemsize * shape.weights
+    return Shares(share=steps_read * read, model_share=steps_read * model)

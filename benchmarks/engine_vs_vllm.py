@@ -14,7 +14,10 @@ memory they want.
   decode B    B prompts whose KV is cached: the time for the steps 2 to S+1, as the difference of
               generating S+1 tokens and 1 token: B · S / seconds.
 
-Beside each sample stand the cores that the engine got and those that other processes took.
+Beside each sample stand the cores that the engine got, and those that other processes and, on a
+virtual machine, its host took. The limits are what the cores can do while they run: what a sample
+is held against is as much less as the host took. Of reading there are two shares: by the bytes that
+are read, and by those that the model has in its dtype.
 """
 
 from __future__ import annotations
@@ -48,10 +51,10 @@ from common import (
     table,
     wait_for_calm,
 )
-from engine_limits import limit_share
+from engine_limits import limit_shares
 from engine_worker import ENGINES, Options, Row, Task
 from make_model import ensure_model
-from pairs import take_pair, wait_until_idle
+from pairs import cores_taken, take_pair, wait_until_idle
 from vllm_setup import add_options, ensure_vllm, vllm_environment
 
 if TYPE_CHECKING:
@@ -184,17 +187,17 @@ def run_dtype(
                 counted = "warm-up" if number < 0 else f"round {number + 1}/{args.rounds}"
                 say(
                     f"{dtype} {counted} {row.name}: ours {ours:,.1f}, vLLM {theirs:,.1f} tokens/s, "
-                    f"ratio {ours / theirs:.2f}; other processes took "
-                    f"{pair['penstock']['other_cores']:.1f} and {pair['vllm']['other_cores']:.1f} "
-                    "cores"
+                    f"ratio {ours / theirs:.2f}; {cores_taken(pair.values())}"
                 )
                 if number >= 0:
                     for worker in workers.values():  # one that spins would take a core
                         wait_until_idle(worker)
                     # Behind each sample: the machine's memory is not always as fast.
                     limits.append(workers["penstock"].ask(None, args.timeout))
-                    share = limit_share(options, task, ours, limits[-1])
-                    samples.append({"row": row.name, "round": number, "share": share, **pair})
+                    given = 1 - pair["penstock"]["stolen_cores"] / cores()
+                    shares = limit_shares(options, task, ours, limits[-1], given)
+                    head = {"row": row.name, "round": number, **asdict(shares)}
+                    samples.append(head | pair)
                     result = {"vllm_dtype": vllm_dtype, "limits": limits, "samples": samples}
                     report.write(**{dtype: result})
     return samples
@@ -214,15 +217,20 @@ def summary(samples: list[dict[str, Any]]) -> str:
                 Spread.of(sample["rate"] for sample in ours).text(),
                 Spread.of(sample["rate"] for sample in theirs).text(),
                 Spread.of(ratios).text(2),
-                f"{Spread.of(pair['share'] for pair in pairs).median:.0%} {_limit_of(name)}",
+                _of_the_limit(pairs),
                 _share([s | {"around": _around(s)} for s in ours], "around"),
             )
         )
     return table(columns, lines)
 
 
-def _limit_of(name: str) -> str:
-    return "of arithmetic" if name.startswith("prefill") else "of reading"
+def _of_the_limit(samples: list[dict[str, Any]]) -> str:
+    def median(key: str) -> str:
+        return f"{Spread.of(sample[key] for sample in samples).median:.0%}"
+
+    if samples[0]["model_share"] is None:
+        return f"{median('share')} of arithmetic"
+    return f"{median('share')} of reading, model {median('model_share')}"
 
 
 def _around(sample: dict[str, Any]) -> float:
@@ -271,8 +279,7 @@ def compare(args: argparse.Namespace) -> None:
         print(f"\n{dtype}, vLLM in {theirs}; median (minimum to maximum) of {args.rounds} rounds\n")
         print(summary(samples))
         print(f"\n{limits_text(report.content[dtype]['limits'])}")
-        others = Spread.of(s[name]["other_cores"] for s in samples for name in ENGINES)
-        print(f"other processes took {others.text()} of {cores()} cores; {agreement(samples)}")
+        print(f"{cores_taken(s[name] for s in samples for name in ENGINES)}; {agreement(samples)}")
         print(f"load average {load_average():.1f}; samples in {args.out}\n", flush=True)
 
 

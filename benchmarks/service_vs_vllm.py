@@ -55,7 +55,6 @@ from common import (
     RESULTS,
     Report,
     Spread,
-    cores,
     end_on_sigterm,
     load_average,
     percentile,
@@ -66,7 +65,7 @@ from common import (
 )
 from completions import arrivals, ask, run_client, text
 from make_model import CONFIG, ensure_model
-from pairs import take_pair
+from pairs import cores_taken, take_pair
 from servers import SERVERS, Options, Server
 from vllm_setup import add_options, ensure_vllm
 
@@ -263,8 +262,7 @@ def told(row: str, pair: dict[str, dict[str, Any]]) -> str:
     rates = " and ".join(
         f"{pair['penstock'][key]:,.1f} against {pair['vllm'][key]:,.1f} tokens/s" for key in keys
     )
-    others = " and ".join(f"{pair[name]['other_cores']:.1f}" for name in NAMES)
-    return f"{rates}; other processes took {others} cores"
+    return f"{rates}; {cores_taken(pair.values())}"
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -290,8 +288,7 @@ def compare(args: argparse.Namespace) -> None:
         if shown:
             print(shown, end="\n\n")
     if samples:
-        others = Spread.of(pair[name]["other_cores"] for pair in samples for name in NAMES)
-        print(f"other processes took {others.text()} of {cores()} cores")
+        print(cores_taken(pair[name] for pair in samples for name in NAMES))
         print(report.content["agreement"])
     print(f"load average {load_average():.1f}; samples in {args.out}")
 
