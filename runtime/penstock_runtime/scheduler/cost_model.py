@@ -104,8 +104,11 @@ class CostModel:
 
     A measurement further off than `OUTLIER` times the usual error counts as one that is only that
     far off (Huber): a process that was paused for a minute moves the model by little. But when
-    most errors have one sign, something changed for good, and the past is forgotten in all
-    directions.
+    most errors have one sign, something changed for good, and the past is forgotten faster: in all
+    directions if steps differ, and in their own if each is like the one before. Steps that only
+    decode tell nothing of prompts, however long they take, and they can be many. (Where they made
+    all be forgotten, a token of a prompt came to cost nothing, and streams waited for chunks ten
+    times too long.)
     """
 
     PRIOR = 1e-3
@@ -122,6 +125,8 @@ class CostModel:
     deviations of a mean with the weight SPREAD_MEMORY."""
     CHANGED = 0.8
     """Share of the information that is kept in a step after a lasting change."""
+    ALIKE = 0.99
+    """Cosine of the angle between the parts of two steps, from which on they are alike."""
     ERROR_MEMORY = 0.05
 
     def __init__(self, seed: Cost | None = None, forgetting: float = 0.98) -> None:
@@ -144,6 +149,8 @@ class CostModel:
         self._information = _diagonal(self.PRIOR)
         self._spread = 1.0
         self._bias = 0.0
+        self._last: Sequence[float] = (0.0,) * 4
+        """The row of the step before."""
         self.samples = 0
         self.error = 0.0
         """A moving mean of |predicted - measured| / measured, predicted before learning from it."""
@@ -204,12 +211,17 @@ class CostModel:
     def _update(self, row: list[float], value: float) -> None:
         """Move to the least point of the old information's distance and the new squared error."""
         solution = self._solution
+        forgetting = self._forgetting
         if self.samples >= self.TRIAL and abs(self._bias) > self.BIAS * self._spread:
-            self._forget()
+            if _cosine(row, self._last) > self.ALIKE:
+                forgetting = min(forgetting, self.CHANGED)
+            else:
+                self._forget()
+        self._last = row
         information = self._information
         along = [_dot(line, row) for line in information]
         # What is taken away along the row, as a share of what is known there.
-        share = (1 - self._forgetting) / _dot(along, row)
+        share = (1 - forgetting) / _dot(along, row)
         kept = [
             [known - share * taken * other for known, other in zip(line, along, strict=True)]
             for line, taken in zip(information, along, strict=True)
@@ -283,3 +295,8 @@ def _dot(left: Sequence[float], right: Sequence[float]) -> float:
     p, q, r, s = left
     t, u, v, w = right
     return p * t + q * u + r * v + s * w
+
+
+def _cosine(left: Sequence[float], right: Sequence[float]) -> float:
+    sizes = _dot(left, left) * _dot(right, right)
+    return _dot(left, right) / math.sqrt(sizes) if sizes > 0 else 0.0

@@ -128,6 +128,41 @@ def test_what_is_not_seen_any_more_is_remembered() -> None:
     assert model.cost.chunk(100_000, 4096) == pytest.approx(true.chunk(100_000, 4096), rel=0.35)
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_decoding_at_another_speed_tells_nothing_of_prompts(seed: int) -> None:
+    # Reading memory changes its speed at times, mostly while decoding, arithmetic does not; and
+    # a step is not linear in its tokens, so that many steps' errors have one sign.
+    generator = random.Random(seed)
+    model = CostModel()
+    reading, other = 5e-3, 9e-3
+
+    def compute(chunks: list[Chunk]) -> float:
+        nonlocal reading, other
+        if generator.random() < 0.01:
+            reading, other = other, reading
+        tokens = sum(chunk.length for chunk in chunks)
+        context = sum(chunk.start for chunk in chunks)
+        seconds = math.hypot(reading, 1e-3 * tokens) + 1e-3 + 1e-4 * reading * context
+        model.observe(chunks, seconds * generator.lognormvariate(0, 0.01))
+        return seconds
+
+    for _ in range(3):
+        for start in range(0, 8192, 512):
+            compute([Chunk(start, 512)])
+        for batch in (1, 8, 32):
+            for token in range(64):
+                compute([Chunk(512 + token, 1)] * batch)
+        streams = [Chunk(544, 1)] * 8
+        for prompt in range(5):
+            start = 0
+            while start < 2048:
+                wanted = model.cost.tokens_within(start, 0.05)
+                length = int(min(max(32, wanted), 504, 2048 - start))
+                seconds = compute([*streams, Chunk(start, length)])
+                assert seconds < 0.12, f"{length} tokens of prompt {prompt} at {start}"
+                start += length
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(
