@@ -27,8 +27,8 @@ class Shape:
     """Elements of keys and values a token, of all layers."""
     weight_bytes: float
     """Of all matrices in memory, as they are kept there."""
-    kv_bytes: int
-    """Of one element in memory."""
+    itemsize: int
+    """Bytes of one element in its dtype, as KV has it and the model."""
 
     @classmethod
     def of(cls, options: Options, matrix_bytes: float) -> Shape:
@@ -54,7 +54,7 @@ class Shape:
             attention=heads * dim,
             kv=layers * 2 * kv_heads * dim,
             weight_bytes=matrix_bytes or 4 * weights,
-            kv_bytes=4 if options.dtype == "float32" else 2,
+            itemsize=4 if options.dtype == "float32" else 2,
         )
 
     def flops(self, tokens: int) -> float:
@@ -67,9 +67,9 @@ class Shape:
         pairs = (self.layers - 1) * tokens * (tokens + 1) / 2 + tokens
         return 2 * every * tokens + 2 * (self.last + self.head) + 4 * pairs * self.attention
 
-    def step_bytes(self, batch: int, context: float) -> float:
-        """Return the bytes that a decode step reads."""
-        return self.weight_bytes + self.kv_bytes * batch * context * self.kv
+    def step_bytes(self, batch: int, context: float, weight_bytes: float) -> float:
+        """Return the bytes that a decode step reads if matrices take `weight_bytes`."""
+        return weight_bytes + self.itemsize * batch * context * self.kv
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,9 +106,12 @@ def limit_shares(
         return Shares(
             share=rate * shape.flops(row.size) / row.size / (1e9 * gflops), model_share=None
         )
-    steps_read = rate / row.size / (1e9 * given * limits["read_gbytes"])
     context = task.context + task.steps / 2
-    read = shape.step_bytes(row.size, context)
-    itemsize = 4 if options.dtype == "float32" else 2
-    model = read - shape.weight_bytes + itemsize * shape.weights
-    return Shares(share=steps_read * read, model_share=steps_read * model)
+
+    def share(weight_bytes: float) -> float:
+        read = rate / row.size * shape.step_bytes(row.size, context, weight_bytes)
+        return read / (1e9 * given * limits["read_gbytes"])
+
+    return Shares(
+        share=share(shape.weight_bytes), model_share=share(shape.itemsize * shape.weights)
+    )
